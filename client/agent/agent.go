@@ -1,0 +1,452 @@
+// Package agent is culvert-client as a library: it dials out to the proxies,
+// keeps a session to each, and serves the scrapes that come through them.
+//
+// A program that embeds it needs no port of its own: see the example.
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/config"
+	"github.com/prometheus/common/version"
+
+	"github.com/culvert-io/culvert/protocol"
+)
+
+// Config says what an agent is and what it may reach. Its zero values are
+// useful, but for ProxyURLs.
+type Config struct {
+	// Name is what Prometheus asks for. The host's fully qualified name by default.
+	Name string
+	// ProxyURLs are the proxies; the agent keeps a session to each. At least one.
+	ProxyURLs []string
+	// Labels describe the agent in discovery, as __meta_culvert_label_NAME.
+	Labels map[string]string
+	// Targets are reached as TARGET.NAME.
+	Targets []Target
+	// Hosts are other hosts that the agent answers for.
+	Hosts []Host
+	// Allow are the ports of the own host and of Hosts that may be scraped. None
+	// by default.
+	Allow []PortRange
+	// LocalHost is the address of the own host, "localhost" by default.
+	LocalHost string
+	// TLS is used towards https proxies, and for https scrapes that the agent
+	// makes itself. Nil means the defaults of crypto/tls.
+	TLS *tls.Config
+	// RetryInitialWait and RetryMaxWait bound the waits between tries to reach a
+	// proxy: 1 s and 5 s by default. Each wait is a random part of the bound,
+	// which grows by half with each failure.
+	RetryInitialWait, RetryMaxWait time.Duration
+	// Gatherer adds to what the target "agent" serves, beside the agent's own
+	// metrics.
+	Gatherer prometheus.Gatherer
+	// ShutdownTimeout bounds how long running scrapes may take after Run's context
+	// has ended. 10 s by default.
+	ShutdownTimeout time.Duration
+	// Session tunes the sessions; for tests and experiments.
+	Session protocol.SessionConfig
+	// Logger is slog.Default by default.
+	Logger *slog.Logger
+}
+
+// Target is a named target. Exactly one of URL and Handler is given.
+type Target struct {
+	// Name is one DNS label.
+	Name string
+	// URL is http or https; its path and query are what may be asked for. Without
+	// a path it means /metrics. A path that ends in "/*" opens all below it.
+	URL string
+	// Handler serves the target from inside this process, at /metrics.
+	Handler http.Handler
+	// Labels are added to the agent's in discovery, and win over them.
+	Labels map[string]string
+	// HTTP holds TLS, credentials and headers for the target, as in Prometheus's
+	// scrape_config. Nil means config.DefaultHTTPClientConfig.
+	HTTP *config.HTTPClientConfig
+}
+
+// Host is a host of the agent's network that it answers for.
+type Host struct {
+	// Name is a host name, or "*." and a domain.
+	Name string
+	// Address is what to connect to, without a port: the name itself by default.
+	Address string
+}
+
+// PortRange is a range of ports, both ends included.
+type PortRange struct{ First, Last uint16 }
+
+// Agent is a running or startable agent.
+type Agent struct {
+	instance string
+	metrics  *metrics
+	current  atomic.Pointer[snapshot]
+
+	mu      sync.Mutex // protects what follows, and changes of current
+	links   map[string]*link
+	running context.Context  // of Run, nil before
+	tasks   sync.WaitGroup   // the links' goroutines
+	held    map[string]*link // by the proxy's ID: one session each
+}
+
+// New checks the configuration. It returns an error that names the field.
+func New(cfg Config) (*Agent, error) {
+	id := make([]byte, 16)
+	rand.Read(id)
+	a := &Agent{instance: hex.EncodeToString(id), links: map[string]*link{}, held: map[string]*link{}}
+	a.metrics = newMetrics(a)
+	snap, err := a.newSnapshot(cfg)
+	if err != nil {
+		return nil, err
+	}
+	a.current.Store(snap)
+	return a, nil
+}
+
+// Run keeps the sessions until ctx ends. Then it tells the proxies that it goes,
+// lets running scrapes finish for at most Config.ShutdownTimeout, and returns
+// nil. It may be called once.
+func (a *Agent) Run(ctx context.Context) error {
+	a.mu.Lock()
+	if a.running != nil {
+		a.mu.Unlock()
+		return errors.New("agent: Run was called twice")
+	}
+	a.running = ctx
+	a.startLinks()
+	a.mu.Unlock()
+	<-ctx.Done()
+	a.tasks.Wait()
+	return nil
+}
+
+// Reload takes a new configuration. Sessions stay where the name and the TLS
+// settings are the same: the registration is replaced in place, and no scrape is
+// dropped. On an error the old configuration stays.
+func (a *Agent) Reload(cfg Config) error {
+	snap, err := a.newSnapshot(cfg)
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	old := a.current.Swap(snap)
+	old.retire()
+	if a.running == nil {
+		return nil
+	}
+	a.startLinks()
+	for _, l := range a.links {
+		l.reload(old, snap)
+	}
+	return nil
+}
+
+// startLinks starts and stops links so that there is one for each proxy URL. It
+// is called with mu held.
+func (a *Agent) startLinks() {
+	snap := a.current.Load()
+	wanted := map[string]bool{}
+	for _, u := range snap.proxies {
+		key := u.String()
+		wanted[key] = true
+		if a.links[key] == nil {
+			l := newLink(a, u)
+			a.links[key] = l
+			ctx, cancel := context.WithCancel(a.running)
+			l.stop = cancel
+			a.tasks.Go(func() { l.run(ctx) })
+		}
+	}
+	for key, l := range a.links {
+		if !wanted[key] {
+			l.stop()
+			delete(a.links, key)
+		}
+	}
+}
+
+// hold claims the proxy with the given ID for l. It returns the link that holds
+// it already, if another one does.
+func (a *Agent) hold(id string, l *link) *link {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if other := a.held[id]; other != nil && other != l && id != "" {
+		return other
+	}
+	a.held[id] = l
+	return nil
+}
+
+func (a *Agent) release(id string, l *link) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.held[id] == l {
+		delete(a.held, id)
+	}
+}
+
+// Name returns the agent's name.
+func (a *Agent) Name() string { return a.current.Load().name }
+
+// Gatherer returns what the target "agent" serves.
+func (a *Agent) Gatherer() prometheus.Gatherer {
+	return prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
+		return a.current.Load().gatherer.Gather()
+	})
+}
+
+// ProxyURLs returns the proxies of the configuration.
+func (a *Agent) ProxyURLs() []*ProxyURL { return a.current.Load().proxies }
+
+// Registration returns what the agent tells the proxies of itself. It must not be
+// changed.
+func (a *Agent) Registration() *protocol.Registration { return &a.current.Load().registration }
+
+// Dial opens a session to a proxy that is not registered and serves nothing, for
+// diagnosis. The caller closes it. Errors are those of protocol.Dialer.
+func (a *Agent) Dial(ctx context.Context, proxy *ProxyURL) (*protocol.Session, error) {
+	return a.dialer(proxy).Dial(ctx)
+}
+
+func (a *Agent) dialer(proxy *ProxyURL) *protocol.Dialer {
+	d := &protocol.Dialer{ProxyURL: proxy.URL, Instance: a.instance}
+	a.update(d)
+	return d
+}
+
+// update brings what a reload may change in a dialer up to date.
+func (a *Agent) update(d *protocol.Dialer) {
+	s := a.current.Load()
+	d.Agent, d.TLS, d.Session = s.name, s.TLS, s.Session
+}
+
+// Scrape answers a scrape as if it had come through a proxy: target is the
+// absolute URL that the scraper asks for, as in "http://web-1:9100/metrics". What
+// the agent refuses comes as a response with the header Culvert-Error.
+func (a *Agent) Scrape(ctx context.Context, target string) (*http.Response, error) {
+	u, err := url.Parse(target)
+	if err != nil {
+		return nil, err
+	}
+	near, far := net.Pipe()
+	server := &http.Server{Handler: &sessionHandler{agent: a}}
+	go server.Serve(&oneConn{conn: far, closed: make(chan struct{})})
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent", nil)
+	if err != nil {
+		return nil, err
+	}
+	req.URL.Opaque, req.Host = target, u.Host
+	resp, err := (&http.Transport{
+		DialContext:        func(context.Context, string, string) (net.Conn, error) { return near, nil },
+		DisableKeepAlives:  true,
+		DisableCompression: true,
+	}).RoundTrip(req)
+	if err != nil {
+		server.Close()
+		return nil, err
+	}
+	resp.Body = &closeBoth{resp.Body, server}
+	return resp, nil
+}
+
+// oneConn is a listener that has one connection.
+type oneConn struct {
+	conn   net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (l *oneConn) Accept() (net.Conn, error) {
+	if c := l.conn; c != nil {
+		l.conn = nil
+		return c, nil
+	}
+	<-l.closed
+	return nil, net.ErrClosed
+}
+
+func (l *oneConn) Close() error   { l.once.Do(func() { close(l.closed) }); return nil }
+func (l *oneConn) Addr() net.Addr { return &net.UnixAddr{} }
+
+// closeBoth ends the server with the body.
+type closeBoth struct {
+	io.ReadCloser
+	server *http.Server
+}
+
+func (c *closeBoth) Close() error {
+	err := c.ReadCloser.Close()
+	c.server.Close()
+	return err
+}
+
+// Connected returns the URLs of the proxies that accepted the registration and
+// are connected now, without credentials.
+func (a *Agent) Connected() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var urls []string
+	for _, l := range a.links {
+		if l.connected.Load() {
+			urls = append(urls, l.label)
+		}
+	}
+	return urls
+}
+
+// snapshot is a configuration as it is used: immutable, replaced by Reload.
+type snapshot struct {
+	Config
+	agent        *Agent
+	name         string
+	proxies      []*ProxyURL
+	registration protocol.Registration
+	targets      map[string]*target
+	hosts        map[string]string // exact names, to addresses
+	wildcards    map[string]string // suffixes ".example.net", to addresses
+	ports        *http.Transport   // for scrapes of ports
+	self         http.Handler      // the target "agent"
+	gatherer     prometheus.Gatherer
+}
+
+func (a *Agent) newSnapshot(cfg Config) (*snapshot, error) {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.Default()
+	}
+	if cfg.LocalHost == "" {
+		cfg.LocalHost = "localhost"
+	}
+	if cfg.RetryInitialWait <= 0 {
+		cfg.RetryInitialWait = time.Second
+	}
+	if cfg.RetryMaxWait <= 0 {
+		cfg.RetryMaxWait = 5 * time.Second
+	}
+	if cfg.ShutdownTimeout <= 0 {
+		cfg.ShutdownTimeout = 10 * time.Second
+	}
+	if cfg.Name == "" {
+		name, err := FQDN()
+		if err != nil {
+			return nil, fmt.Errorf("look up the host's name: %w; name the agent with --fqdn", err)
+		}
+		cfg.Name = name
+	}
+	if cfg.Session.Stats == nil {
+		cfg.Session.Stats = a.metrics.stats
+	}
+	if cfg.Session.Logger == nil {
+		cfg.Session.Logger = cfg.Logger
+	}
+	s := &snapshot{Config: cfg, agent: a, name: protocol.NormalizeName(cfg.Name)}
+	if err := protocol.CheckName(s.name); err != nil {
+		return nil, fmt.Errorf("agent name: %w; choose one with --fqdn", err)
+	}
+	if len(cfg.ProxyURLs) == 0 {
+		return nil, errors.New("no proxy: give at least one --proxy-url, as in --proxy-url=http://proxy.example.net:8080")
+	}
+	for _, raw := range cfg.ProxyURLs {
+		u, err := ParseProxyURL(raw)
+		if err != nil {
+			return nil, err
+		}
+		s.proxies = append(s.proxies, u)
+	}
+	if err := s.addRoutes(); err != nil {
+		return nil, err
+	}
+	s.registration.Version = version.Version
+	s.registration.Labels = cfg.Labels
+	if err := s.registration.Check(s.name); err != nil {
+		return nil, err
+	}
+	s.gatherer = a.metrics.registry
+	if cfg.Gatherer != nil {
+		s.gatherer = prometheus.Gatherers{a.metrics.registry, cfg.Gatherer}
+	}
+	s.self = promhttp.HandlerFor(s.gatherer, promhttp.HandlerOpts{
+		ErrorLog:          slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelError),
+		ErrorHandling:     promhttp.ContinueOnError,
+		EnableOpenMetrics: true,
+	})
+	return s, nil
+}
+
+// retire lets go of the connections that only the old configuration uses.
+func (s *snapshot) retire() {
+	s.ports.CloseIdleConnections()
+	for _, t := range s.targets {
+		t.close()
+	}
+}
+
+// ProxyURL is the checked base URL of a proxy.
+type ProxyURL struct{ *url.URL }
+
+// ParseProxyURL checks the base URL of a proxy: http or https, with a host. A
+// bare host:port means http.
+func ParseProxyURL(raw string) (*ProxyURL, error) {
+	full := raw
+	if !strings.Contains(raw, "://") {
+		full = "http://" + raw
+	}
+	u, err := url.Parse(full)
+	switch {
+	case err != nil:
+		var reason *url.Error
+		if errors.As(err, &reason) {
+			err = reason.Err // the whole error would repeat a password
+		}
+		return nil, fmt.Errorf("proxy URL: %w; it looks like http://proxy.example.net:8080", err)
+	case u.Scheme != "http" && u.Scheme != "https":
+		return nil, fmt.Errorf("proxy URL %q: scheme %q is not http or https", u.Redacted(), u.Scheme)
+	case u.Hostname() == "":
+		return nil, fmt.Errorf("proxy URL %q: the host is missing", u.Redacted())
+	case u.RawQuery != "" || u.Fragment != "":
+		return nil, fmt.Errorf("proxy URL %q: a query or fragment has no meaning here", u.Redacted())
+	}
+	return &ProxyURL{u}, nil
+}
+
+// FQDN returns the host's fully qualified name: what the resolver calls it, else
+// the kernel's host name.
+func FQDN() (string, error) {
+	host, err := os.Hostname()
+	if err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	addrs, err := net.DefaultResolver.LookupHost(ctx, host)
+	if err != nil {
+		return host, nil
+	}
+	for _, addr := range addrs {
+		names, err := net.DefaultResolver.LookupAddr(ctx, addr)
+		if err != nil || len(names) == 0 || names[0] == "localhost" || names[0] == "localhost." {
+			continue
+		}
+		return protocol.NormalizeName(names[0]), nil
+	}
+	return host, nil
+}

@@ -1,0 +1,271 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/culvert-io/culvert/protocol"
+)
+
+const (
+	// stableAfter is how long a session has to hold for the backoff to start anew.
+	stableAfter = 30 * time.Second
+	// slowWait is the mean wait after an answer that only a person can change.
+	slowWait = 30 * time.Second
+	// takenWait is the mean wait after "another live agent has your name".
+	takenWait = 10 * time.Second
+	// registerTimeout bounds a registration.
+	registerTimeout = 15 * time.Second
+	// repeatLog is how often a failure that stays the same is logged again.
+	repeatLog = 10 * time.Minute
+)
+
+// link keeps one session to one proxy.
+type link struct {
+	agent  *Agent
+	url    *ProxyURL
+	label  string // the URL without credentials
+	stop   context.CancelFunc
+	logger func() *slog.Logger
+
+	connected atomic.Bool
+
+	wake chan struct{} // cuts a wait short
+
+	mu      sync.Mutex // protects what follows
+	session *protocol.Session
+
+	lastFailure string // of run only
+	lastLogged  time.Time
+}
+
+func newLink(a *Agent, u *ProxyURL) *link {
+	l := &link{agent: a, url: u, label: u.Redacted(), wake: make(chan struct{}, 1)}
+	l.logger = func() *slog.Logger { return a.current.Load().Logger.With("proxy", l.label) }
+	return l
+}
+
+// run dials, serves, and dials again, until ctx ends.
+func (l *link) run(ctx context.Context) {
+	bound := time.Duration(0) // of the next wait; 0: start anew
+	dialer := l.agent.dialer(l.url)
+	for ctx.Err() == nil {
+		snap := l.agent.current.Load()
+		l.agent.update(dialer)
+		session, err := l.connect(ctx, dialer, snap)
+		wait := time.Duration(0) // at least
+		if err == nil {
+			since := time.Now()
+			wait = l.serve(ctx, session)
+			if ctx.Err() != nil {
+				return
+			}
+			if time.Since(since) >= stableAfter {
+				bound = 0
+			}
+		} else {
+			if ctx.Err() != nil {
+				return
+			}
+			wait = l.failed(err)
+		}
+		if bound == 0 {
+			bound = snap.RetryInitialWait
+		} else {
+			bound = min(bound*3/2, snap.RetryMaxWait)
+		}
+		if wait == 0 {
+			wait = rand.N(bound) // full jitter
+		}
+		select {
+		case <-ctx.Done():
+		case <-l.wake:
+			bound = 0
+		case <-time.After(wait):
+		}
+	}
+}
+
+// errSameProxy: two URLs lead to one proxy.
+type errSameProxy struct{ other string }
+
+func (e errSameProxy) Error() string {
+	return "this is the same proxy as " + e.other + ", which has a session already; remove one of the two --proxy-url"
+}
+
+// connect dials and registers.
+func (l *link) connect(ctx context.Context, dialer *protocol.Dialer, snap *snapshot) (*protocol.Session, error) {
+	session, err := dialer.Dial(ctx)
+	if err != nil {
+		l.agent.metrics.connects.WithLabelValues(l.label, "handshake-failed").Inc()
+		return nil, err
+	}
+	if other := l.agent.hold(session.Proxy, l); other != nil {
+		session.Close()
+		l.agent.metrics.connects.WithLabelValues(l.label, "same-proxy").Inc()
+		return nil, errSameProxy{other.label}
+	}
+	rctx, cancel := context.WithTimeout(ctx, registerTimeout)
+	defer cancel()
+	if err := session.Register(rctx, &snap.registration); err != nil {
+		if ended := session.Err(); ended != nil {
+			err = ended
+		}
+		session.Close()
+		l.agent.release(session.Proxy, l)
+		l.agent.metrics.connects.WithLabelValues(l.label, "registration-failed").Inc()
+		return nil, &registrationError{err}
+	}
+	l.agent.metrics.connects.WithLabelValues(l.label, "ok").Inc()
+	return session, nil
+}
+
+type registrationError struct{ err error }
+
+func (e *registrationError) Error() string { return "registration: " + e.err.Error() }
+func (e *registrationError) Unwrap() error { return e.err }
+
+// failed logs why there is no session, once as long as the reason stays the
+// same, and returns how long to wait at least; 0 leaves it to the backoff.
+func (l *link) failed(err error) time.Duration {
+	wait, hint := time.Duration(0), ""
+	var same errSameProxy
+	if refusal, ok := protocol.AsRefusal(err); ok {
+		switch refusal.Status {
+		case http.StatusUnauthorized, http.StatusForbidden:
+			wait, hint = slowly(slowWait), "the proxy does not take this agent's credentials for this name; see its configuration"
+		case http.StatusBadRequest, http.StatusUpgradeRequired, http.StatusRequestEntityTooLarge:
+			wait = slowly(slowWait)
+		case http.StatusConflict:
+			wait, hint = slowly(takenWait), "choose another --fqdn, or stop the other agent"
+		case http.StatusTooManyRequests, http.StatusServiceUnavailable:
+			wait = refusal.RetryAfter + rand.N(refusal.RetryAfter/2+time.Second)
+		case http.StatusNotFound:
+			hint = "is there a culvert-proxy at this URL? with --agent.listen-address it takes agents on that port only"
+		}
+	} else if errors.As(err, &same) {
+		wait = slowly(slowWait)
+	}
+	if refusal, ok := protocol.AsRefusal(err); ok && refusal.Code == "" && wait == 0 {
+		wait = slowly(takenWait) // something between us answered
+	}
+	attrs := []any{"agent", l.agent.Name(), "err", err}
+	if hint != "" {
+		attrs = append(attrs, "hint", hint)
+	}
+	if err.Error() != l.lastFailure || time.Since(l.lastLogged) > repeatLog {
+		l.lastFailure, l.lastLogged = err.Error(), time.Now()
+		l.logger().Warn("Not connected", attrs...)
+	} else {
+		l.logger().Debug("Still not connected", attrs...)
+	}
+	return wait
+}
+
+// slowly returns mean ±50 %.
+func slowly(mean time.Duration) time.Duration { return mean/2 + rand.N(mean) }
+
+// serve answers scrapes until the session ends, the proxy drains it or ctx
+// ends. It returns how long to wait before the next try, 0 for the backoff.
+func (l *link) serve(ctx context.Context, session *protocol.Session) time.Duration {
+	l.lastFailure = ""
+	drained := make(chan protocol.Drain, 1)
+	server := &http.Server{
+		Handler:           &sessionHandler{agent: l.agent, drained: drained},
+		ReadHeaderTimeout: 10 * time.Second,
+		ErrorLog:          slog.NewLogLogger(l.logger().Handler(), slog.LevelDebug),
+	}
+	l.agent.tasks.Go(func() { server.Serve(session.Listener()) })
+	l.setSession(session)
+	l.logger().Info("Connected", "agent", session.Agent, "transport", session.Transport)
+
+	select {
+	case <-session.Done():
+		l.setSession(nil)
+		l.agent.release(session.Proxy, l)
+		reason := session.Err()
+		l.agent.metrics.reconnects.WithLabelValues(l.label, protocol.EndReason(reason)).Inc()
+		l.logger().Info("Session lost", "agent", session.Agent, "reason", reason)
+		server.Close()
+		session.Close()
+		return 0
+	case d := <-drained:
+		l.setSession(nil)
+		l.agent.release(session.Proxy, l)
+		l.agent.metrics.reconnects.WithLabelValues(l.label, "drained").Inc()
+		l.logger().Info("The proxy drains this session", "agent", session.Agent, "reason", d.Reason)
+		// What runs goes on beside the next session, until the proxy closes.
+		l.agent.tasks.Go(func() {
+			select {
+			case <-session.Done():
+			case <-ctx.Done():
+			}
+			server.Close()
+			session.Close()
+		})
+		if d.ReconnectAfterSeconds > 0 {
+			return 1 + rand.N(time.Duration(min(d.ReconnectAfterSeconds, 3600)*float64(time.Second)))
+		}
+		return 0
+	case <-ctx.Done():
+		l.setSession(nil)
+		l.agent.release(session.Proxy, l)
+		snap := l.agent.current.Load()
+		stopCtx, cancel := context.WithTimeout(context.Background(), snap.ShutdownTimeout)
+		defer cancel()
+		if err := session.SendDrain(stopCtx, protocol.Drain{Reason: "shutdown"}); err != nil {
+			l.logger().Debug("The proxy did not take the drain", "err", err)
+		}
+		if err := server.Shutdown(stopCtx); err != nil {
+			l.logger().Warn("Scrapes were cut off", "timeout", snap.ShutdownTimeout)
+			server.Close()
+		}
+		session.Close()
+		l.logger().Info("Disconnected", "agent", session.Agent)
+		return 0
+	}
+}
+
+func (l *link) setSession(s *protocol.Session) {
+	l.mu.Lock()
+	l.session = s
+	l.mu.Unlock()
+	l.connected.Store(s != nil)
+}
+
+func (l *link) currentSession() *protocol.Session {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.session
+}
+
+// reload brings the registration up to date. It is called with the agent's mu held.
+func (l *link) reload(old, new *snapshot) {
+	session := l.currentSession()
+	if session == nil {
+		select {
+		case l.wake <- struct{}{}: // the reason of the failure may be gone
+		default:
+		}
+		return
+	}
+	if old.name != new.name {
+		session.Close() // the name is the session's; run dials again
+		return
+	}
+	l.agent.tasks.Go(func() {
+		ctx, cancel := context.WithTimeout(l.agent.running, registerTimeout)
+		defer cancel()
+		if err := session.Register(ctx, &new.registration); err != nil {
+			l.logger().Error("The proxy refused the new registration, the old one stays there", "err", err)
+			return
+		}
+		l.logger().Info("Registration updated")
+	})
+}

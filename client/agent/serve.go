@@ -1,0 +1,244 @@
+package agent
+
+import (
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"time"
+
+	"github.com/culvert-io/culvert/protocol"
+)
+
+// connectIdle ends a CONNECT tunnel that nothing goes through. The proxy's
+// --connect.idle-timeout comes first.
+const connectIdle = 10 * time.Minute
+
+// sessionHandler serves what comes through one session.
+type sessionHandler struct {
+	agent   *Agent
+	drained chan<- protocol.Drain
+}
+
+// ServeHTTP tells control from scrapes by the first byte of the request target,
+// before anything else looks at the request.
+func (h *sessionHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s := h.agent.current.Load()
+	if protocol.IsControl(r) {
+		h.control(w, r)
+		return
+	}
+	start := time.Now()
+	m := h.agent.metrics
+	m.inFlight.Inc()
+	defer m.inFlight.Dec()
+	var kind, outcome string
+	if r.Method == http.MethodConnect {
+		kind, outcome = "connect", s.connect(w, r)
+	} else {
+		kind, outcome = s.scrape(w, r)
+	}
+	m.scrapes.WithLabelValues(outcome).Inc()
+	m.duration.WithLabelValues(kind).Observe(time.Since(start).Seconds())
+}
+
+// control answers the proxy's own requests.
+func (h *sessionHandler) control(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path != protocol.PathDrain || r.Method != http.MethodPost {
+		protocol.Refusef(http.StatusNotFound, protocol.CodeNotFound, "%s %s: this agent knows no such control request", r.Method, r.URL.Path).Write(w)
+		return
+	}
+	var d protocol.Drain
+	if err := json.NewDecoder(io.LimitReader(r.Body, 1<<16)).Decode(&d); err != nil {
+		protocol.Refusef(http.StatusBadRequest, protocol.CodeInvalid, "drain: %v", err).Write(w)
+		return
+	}
+	select {
+	case h.drained <- d:
+	default: // a second drain says nothing new
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+const outcomeOK, outcomeCancelled = "ok", "cancelled"
+
+// scrape answers a request in absolute form.
+func (s *snapshot) scrape(w http.ResponseWriter, r *http.Request) (kind, outcome string) {
+	if r.URL.Host == "" || (r.URL.Scheme != "http" && r.URL.Scheme != "https") {
+		return "other", refuse(w, protocol.Refusef(http.StatusBadRequest, protocol.CodeBadRequest,
+			"agent %q: %q is not an http or https URL", s.name, r.RequestURI))
+	}
+	name, port := protocol.SplitAuthority(r.URL.Host)
+	if targetName, ok := s.named(name); ok {
+		if targetName == protocol.AgentTarget {
+			return "agent", s.scrapeSelf(w, r, port)
+		}
+		t := s.targets[targetName]
+		if refusal := t.refuses(s, r, port); refusal != nil {
+			return "target", refuse(w, refusal)
+		}
+		if t.handler != nil {
+			return "target", s.serveLocally(t.handler, w, r)
+		}
+		return "target", s.forward(w, r, t, t.resolve(r), t.owns, "target \""+targetName+"\"")
+	}
+	_, _, ok := s.address(name)
+	if !ok {
+		return "other", refuse(w, s.mismatch(name))
+	}
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[r.URL.Scheme]
+	}
+	if refusal := s.allowed(name, port); refusal != nil {
+		return "port", refuse(w, refusal)
+	}
+	u := *r.URL
+	u.Host = net.JoinHostPort(name, port)
+	return "port", s.forward(w, r, s.ports, &u, false, "port "+port+" of \""+name+"\"")
+}
+
+// scrapeSelf serves the target "agent".
+func (s *snapshot) scrapeSelf(w http.ResponseWriter, r *http.Request, port string) string {
+	self := target{declared: protocol.Target{Name: protocol.AgentTarget, Path: "/metrics"}}
+	if refusal := self.refuses(s, r, port); refusal != nil {
+		return refuse(w, refusal)
+	}
+	return s.serveLocally(s.self, w, r)
+}
+
+// serveLocally hands a scrape to a handler of this process, as a request in
+// origin form without the header fields that are between scraper and proxy.
+func (s *snapshot) serveLocally(h http.Handler, w http.ResponseWriter, r *http.Request) string {
+	local := r.Clone(r.Context())
+	local.URL.Scheme, local.URL.Host = "", ""
+	local.RequestURI = local.URL.RequestURI()
+	local.Header.Del("Proxy-Authorization")
+	local.Header.Del("Proxy-Connection")
+	local.Header.Del("Upgrade")
+	h.ServeHTTP(w, local)
+	return outcomeOK
+}
+
+// forward sends the request to u and the response back, without buffering it.
+func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.RoundTripper, u *url.URL, dropAuthorization bool, what string) string {
+	outcome := outcomeOK
+	proxy := httputil.ReverseProxy{
+		Transport:  via,
+		BufferPool: protocol.Buffers,
+		ErrorLog:   slog.NewLogLogger(s.Logger.Handler(), slog.LevelDebug),
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			pr.Out.URL = u
+			if via == http.RoundTripper(s.ports) {
+				pr.Out.Host = r.Host
+			} else {
+				pr.Out.Host = ""
+			}
+			// ReverseProxy would pass an upgrade on.
+			pr.Out.Header.Del("Connection")
+			pr.Out.Header.Del("Upgrade")
+			if dropAuthorization {
+				pr.Out.Header.Del("Authorization")
+			}
+		},
+		ModifyResponse: func(resp *http.Response) error {
+			if resp.StatusCode == http.StatusSwitchingProtocols {
+				return protocol.Refusef(http.StatusBadGateway, protocol.CodeTargetUnreachable, "%s switched protocols without being asked", what)
+			}
+			resp.Header.Del(protocol.HeaderError) // a target must not speak for the agent
+			resp.Body = &countedBody{ReadCloser: resp.Body, agent: s.agent}
+			return nil
+		},
+		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
+			if r.Context().Err() != nil {
+				outcome = outcomeCancelled
+				panic(http.ErrAbortHandler)
+			}
+			refusal, ok := protocol.AsRefusal(err)
+			if !ok {
+				refusal = s.unreachable(what, err)
+			}
+			outcome = refuse(w, refusal)
+		},
+	}
+	defer func() {
+		if p := recover(); p != nil {
+			// The body broke off half way, or nobody reads it any more.
+			if outcome == outcomeOK {
+				outcome = "broken"
+				if r.Context().Err() != nil {
+					outcome = outcomeCancelled
+				}
+			}
+			s.agent.metrics.scrapes.WithLabelValues(outcome).Inc()
+			panic(p)
+		}
+	}()
+	proxy.ServeHTTP(w, r)
+	return outcome
+}
+
+// countedBody counts the bytes of response bodies.
+type countedBody struct {
+	io.ReadCloser
+	agent *Agent
+}
+
+func (b *countedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.agent.metrics.bytes.Add(float64(n))
+	return n, err
+}
+
+// connect opens a connection to a port and passes bytes both ways.
+func (s *snapshot) connect(w http.ResponseWriter, r *http.Request) string {
+	name, port := protocol.SplitAuthority(r.RequestURI)
+	if _, ok := s.named(name); ok {
+		return refuse(w, protocol.Refusef(http.StatusForbidden, protocol.CodeNotAllowed,
+			"CONNECT goes to ports, and %q is a named target of agent %q: scrape it with scheme http, the agent holds its TLS", name, s.name))
+	}
+	host, _, ok := s.address(name)
+	if !ok {
+		return refuse(w, s.mismatch(name))
+	}
+	if refusal := s.allowed(name, port); refusal != nil {
+		return refuse(w, refusal)
+	}
+	upstream, err := (&net.Dialer{Timeout: 30 * time.Second}).DialContext(r.Context(), "tcp", net.JoinHostPort(host, port))
+	if err != nil {
+		if r.Context().Err() != nil {
+			return outcomeCancelled
+		}
+		return refuse(w, s.unreachable("port "+port+" of \""+name+"\"", err))
+	}
+	stream, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		upstream.Close()
+		return refuse(w, protocol.Refusef(http.StatusInternalServerError, protocol.CodeBadRequest, "CONNECT: %v", err))
+	}
+	if _, err := io.WriteString(stream, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
+		stream.Close()
+		upstream.Close()
+		return outcomeCancelled
+	}
+	if err := protocol.PassAhead(upstream, buffered.Reader); err != nil {
+		stream.Close()
+		upstream.Close()
+		return string(protocol.CodeTargetUnreachable)
+	}
+	// The tunnel's end ends it too: reads from the stream fail then.
+	n, err := protocol.Splice(stream, upstream, connectIdle)
+	s.agent.metrics.bytes.Add(float64(n))
+	if err != nil {
+		return "broken"
+	}
+	return outcomeOK
+}
+
+// refuse answers with a refusal and returns its code as the outcome.
+func refuse(w http.ResponseWriter, refusal *protocol.Refusal) string {
+	refusal.Write(w)
+	return string(refusal.Code)
+}

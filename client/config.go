@@ -1,0 +1,276 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/alecthomas/kingpin/v2"
+	"github.com/prometheus/common/config"
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/common/promslog"
+	promslogflag "github.com/prometheus/common/promslog/flag"
+	"github.com/prometheus/common/version"
+	"go.yaml.in/yaml/v2"
+
+	"github.com/culvert-io/culvert/client/agent"
+)
+
+// flags is the command line. Where it and the configuration file speak of the
+// same thing, lists are joined and the command line's value wins.
+type flags struct {
+	configFile                 string
+	proxyURLs                  []string
+	fqdn                       string
+	labels                     map[string]string
+	targets, hosts, allow      []string
+	localHost                  string
+	tls                        config.TLSConfig
+	initialWait, maxWait       time.Duration
+	initialWaitSet, maxWaitSet bool
+	metricsAddress             string
+	metricsAddressSet          bool
+	log                        *promslog.Config
+	logLevelSet, logFormatSet  bool
+	doctorTarget               string
+}
+
+// settings is what flags and file together say.
+type settings struct {
+	Agent          agent.Config
+	MetricsAddress string
+}
+
+// parseFlags returns the command line and the command: "agent", "doctor" or "leave".
+func parseFlags(args []string) (*flags, string, error) {
+	f := &flags{labels: map[string]string{}, log: &promslog.Config{Level: promslog.NewLevel(), Format: promslog.NewFormat()}}
+	app := kingpin.New("culvert-client", "Dials out of a firewalled host, and serves Prometheus's scrapes that come through culvert-proxy.")
+	app.HelpFlag.Short('h')
+	app.Version(version.Print("culvert-client"))
+	app.UsageWriter(os.Stdout)
+
+	app.Flag("config.file", "Configuration in YAML: all that the flags say, and credentials and TLS for targets. Read again on SIGHUP.").
+		StringVar(&f.configFile)
+	app.Flag("proxy-url", "Base URL of a proxy, as in https://proxy.example.net:8080. Repeatable: the agent keeps a tunnel to each.").
+		StringsVar(&f.proxyURLs)
+	app.Flag("fqdn", "Name that Prometheus asks for. The host's fully qualified name by default.").
+		StringVar(&f.fqdn)
+	app.Flag("label", "NAME=VALUE that describes this agent in discovery, as __meta_culvert_label_NAME. Repeatable.").
+		StringMapVar(&f.labels)
+	app.Flag("target", "NAME=URL of a target that Prometheus reaches as NAME.FQDN. Repeatable.").
+		StringsVar(&f.targets)
+	app.Flag("host", "NAME or NAME=ADDRESS of another host that this agent answers for; NAME may start with \"*.\". Repeatable.").
+		StringsVar(&f.hosts)
+	app.Flag("allow", "PORT, PORT-PORT or \"all\": what may be scraped on this host and the --host ones. Repeatable; nothing by default.").
+		StringsVar(&f.allow)
+	app.Flag("scrape.local-host", "Address that stands for this host. \"localhost\" by default.").
+		StringVar(&f.localHost)
+	app.Flag("tls.cacert", "CA certificates for proxies and https scrapes, instead of the system's.").
+		StringVar(&f.tls.CAFile)
+	app.Flag("tls.cert", "Client certificate for proxies and https scrapes.").
+		StringVar(&f.tls.CertFile)
+	app.Flag("tls.key", "Key of --tls.cert.").
+		StringVar(&f.tls.KeyFile)
+	app.Flag("proxy.retry.initial-wait", "Upper bound of the first wait before the agent dials again; the wait is a random part of it.").
+		Default("1s").IsSetByUser(&f.initialWaitSet).DurationVar(&f.initialWait)
+	app.Flag("proxy.retry.max-wait", "Upper bound that the waits grow to, by half each time.").
+		Default("5s").IsSetByUser(&f.maxWaitSet).DurationVar(&f.maxWait)
+	app.Flag("metrics-addr", "Address for the agent's own metrics; empty: none.").
+		Default(":9369").IsSetByUser(&f.metricsAddressSet).StringVar(&f.metricsAddress)
+	app.Flag(promslogflag.LevelFlagName, promslogflag.LevelFlagHelp).
+		Default("info").HintOptions(promslog.LevelFlagOptions...).IsSetByUser(&f.logLevelSet).SetValue(f.log.Level)
+	app.Flag(promslogflag.FormatFlagName, promslogflag.FormatFlagHelp).
+		Default("logfmt").HintOptions(promslog.FormatFlagOptions...).IsSetByUser(&f.logFormatSet).SetValue(f.log.Format)
+
+	app.Command("agent", "Keep the tunnels (what culvert-client does without a command).").Default()
+	doctor := app.Command("doctor", "Check the way from here to the proxies and to a target, step by step, and say what to do.")
+	doctor.Arg("target", "Named target, PORT or HOST:PORT. All named targets by default.").StringVar(&f.doctorTarget)
+	app.Command("leave", "Have the proxies forget this agent now. Stop the agent first.")
+	command, err := app.Parse(args)
+	if err != nil {
+		return nil, "", fmt.Errorf("%w; see --help", err)
+	}
+	return f, command, nil
+}
+
+// file is the configuration file.
+type file struct {
+	ProxyURLs        []string          `yaml:"proxy_urls"`
+	FQDN             string            `yaml:"fqdn"`
+	Labels           map[string]string `yaml:"labels"`
+	Targets          []fileTarget      `yaml:"targets"`
+	Hosts            []fileHost        `yaml:"hosts"`
+	Allow            []fileScalar      `yaml:"allow"`
+	LocalHost        string            `yaml:"local_host"`
+	TLS              config.TLSConfig  `yaml:"tls_config"`
+	RetryInitialWait model.Duration    `yaml:"retry_initial_wait"`
+	RetryMaxWait     model.Duration    `yaml:"retry_max_wait"`
+	MetricsAddress   *string           `yaml:"metrics_address"`
+	LogLevel         string            `yaml:"log_level"`
+	LogFormat        string            `yaml:"log_format"`
+}
+
+type fileTarget struct {
+	Name   string                  `yaml:"name"`
+	URL    string                  `yaml:"url"`
+	Labels map[string]string       `yaml:"labels"`
+	HTTP   config.HTTPClientConfig `yaml:",inline"`
+}
+
+// UnmarshalYAML sets the defaults of the inlined HTTP configuration.
+func (t *fileTarget) UnmarshalYAML(unmarshal func(any) error) error {
+	t.HTTP = config.DefaultHTTPClientConfig
+	type plain fileTarget
+	return unmarshal((*plain)(t))
+}
+
+type fileHost struct {
+	Name    string `yaml:"name"`
+	Address string `yaml:"address"`
+}
+
+// UnmarshalYAML takes NAME or NAME=ADDRESS as well, as the flag does.
+func (h *fileHost) UnmarshalYAML(unmarshal func(any) error) error {
+	var s string
+	if unmarshal(&s) == nil {
+		host := agent.ParseHost(s)
+		h.Name, h.Address = host.Name, host.Address
+		return nil
+	}
+	type plain fileHost
+	return unmarshal((*plain)(h))
+}
+
+// fileScalar is text that YAML may take for a number.
+type fileScalar string
+
+func (s *fileScalar) UnmarshalYAML(unmarshal func(any) error) error {
+	var v any
+	if err := unmarshal(&v); err != nil {
+		return err
+	}
+	switch v.(type) {
+	case string, int:
+		*s = fileScalar(fmt.Sprint(v))
+		return nil
+	}
+	return fmt.Errorf("%v: use PORT, PORT-PORT or all", v)
+}
+
+// load reads the file, joins it with the flags, and checks what can be checked
+// before the agent does.
+func (f *flags) load() (*settings, error) {
+	var c file
+	if f.configFile != "" {
+		text, err := os.ReadFile(f.configFile)
+		if err != nil {
+			return nil, fmt.Errorf("configuration: %w", err)
+		}
+		if c, err = parseFile(text, filepath.Dir(f.configFile)); err != nil {
+			return nil, fmt.Errorf("configuration %s: %w", f.configFile, err)
+		}
+	}
+	log := *f.log
+	if c.LogLevel != "" && !f.logLevelSet {
+		log.Level = promslog.NewLevel()
+		if err := log.Level.Set(c.LogLevel); err != nil {
+			return nil, fmt.Errorf("configuration %s: log_level: %w", f.configFile, err)
+		}
+	}
+	if c.LogFormat != "" && !f.logFormatSet {
+		log.Format = promslog.NewFormat()
+		if err := log.Format.Set(c.LogFormat); err != nil {
+			return nil, fmt.Errorf("configuration %s: log_format: %w", f.configFile, err)
+		}
+	}
+	s := &settings{MetricsAddress: f.metricsAddress, Agent: agent.Config{
+		Name:             cmp.Or(f.fqdn, c.FQDN),
+		ProxyURLs:        append(append([]string{}, f.proxyURLs...), c.ProxyURLs...),
+		Labels:           c.Labels,
+		LocalHost:        cmp.Or(f.localHost, c.LocalHost),
+		RetryInitialWait: f.initialWait,
+		RetryMaxWait:     f.maxWait,
+		Logger:           promslog.New(&log),
+	}}
+	if c.MetricsAddress != nil && !f.metricsAddressSet {
+		s.MetricsAddress = *c.MetricsAddress
+	}
+	if c.RetryInitialWait > 0 && !f.initialWaitSet {
+		s.Agent.RetryInitialWait = time.Duration(c.RetryInitialWait)
+	}
+	if c.RetryMaxWait > 0 && !f.maxWaitSet {
+		s.Agent.RetryMaxWait = time.Duration(c.RetryMaxWait)
+	}
+	if len(f.labels) > 0 {
+		s.Agent.Labels = maps.Clone(c.Labels)
+		if s.Agent.Labels == nil {
+			s.Agent.Labels = map[string]string{}
+		}
+		maps.Copy(s.Agent.Labels, f.labels)
+	}
+	for _, raw := range f.targets {
+		t, err := agent.ParseTarget(raw)
+		if err != nil {
+			return nil, fmt.Errorf("--target: %w", err)
+		}
+		s.Agent.Targets = append(s.Agent.Targets, t)
+	}
+	for _, t := range c.Targets {
+		s.Agent.Targets = append(s.Agent.Targets, agent.Target{Name: t.Name, URL: t.URL, Labels: t.Labels, HTTP: &t.HTTP})
+	}
+	for _, raw := range f.hosts {
+		s.Agent.Hosts = append(s.Agent.Hosts, agent.ParseHost(raw))
+	}
+	for _, h := range c.Hosts {
+		s.Agent.Hosts = append(s.Agent.Hosts, agent.Host(h))
+	}
+	for _, raw := range append(append([]string{}, f.allow...), scalars(c.Allow)...) {
+		for part := range strings.SplitSeq(raw, ",") {
+			r, err := agent.ParsePortRange(strings.TrimSpace(part))
+			if err != nil {
+				return nil, fmt.Errorf("--allow: %w", err)
+			}
+			s.Agent.Allow = append(s.Agent.Allow, r)
+		}
+	}
+	tls := c.TLS
+	tls.CAFile = cmp.Or(f.tls.CAFile, tls.CAFile)
+	tls.CertFile = cmp.Or(f.tls.CertFile, tls.CertFile)
+	tls.KeyFile = cmp.Or(f.tls.KeyFile, tls.KeyFile)
+	var err error
+	if s.Agent.TLS, err = config.NewTLSConfig(&tls); err != nil {
+		return nil, fmt.Errorf("TLS for the proxies: %w", err)
+	}
+	return s, nil
+}
+
+// parseFile reads a configuration in YAML; relative file names in it count from
+// dir. Unknown fields are errors.
+func parseFile(text []byte, dir string) (file, error) {
+	var c file
+	decoder := yaml.NewDecoder(bytes.NewReader(text))
+	decoder.SetStrict(true)
+	if err := decoder.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
+		return c, err
+	}
+	c.TLS.SetDirectory(dir)
+	for i := range c.Targets {
+		c.Targets[i].HTTP.SetDirectory(dir)
+	}
+	return c, nil
+}
+
+func scalars(in []fileScalar) []string {
+	out := make([]string, len(in))
+	for i, s := range in {
+		out[i] = string(s)
+	}
+	return out
+}

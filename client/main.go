@@ -1,0 +1,120 @@
+// Command culvert-client is the agent: it runs on a firewalled host, dials out to
+// the proxies, and serves the scrapes that come through them.
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	versioncollector "github.com/prometheus/client_golang/prometheus/collectors/version"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/prometheus/common/version"
+
+	"github.com/culvert-io/culvert/client/agent"
+)
+
+func main() {
+	flags, command, err := parseFlags(os.Args[1:])
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "culvert-client: %v\n", err)
+		os.Exit(1)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	switch command {
+	case "doctor":
+		err = doctor(ctx, os.Stdout, flags)
+	case "leave":
+		err = leave(ctx, os.Stdout, flags)
+	default:
+		err = run(ctx, flags)
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "culvert-client: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+// run keeps the tunnels until ctx ends.
+func run(ctx context.Context, flags *flags) error {
+	settings, err := flags.load()
+	if err != nil {
+		return err
+	}
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		versioncollector.NewCollector("culvert_client"))
+	settings.Agent.Gatherer = registry
+	logger := settings.Agent.Logger
+	a, err := agent.New(settings.Agent)
+	if err != nil {
+		return err
+	}
+	logger.Info("Starting culvert-client", "agent", a.Name(), "version", version.Info())
+	if len(settings.Agent.Allow) == 0 && len(settings.Agent.Targets) == 0 {
+		logger.Warn("Nothing may be scraped but the agent itself; allow ports with --allow=9100, or name targets with --target=NAME=URL")
+	}
+	stopMetrics := serveMetrics(settings.MetricsAddress, a, logger)
+	defer stopMetrics()
+
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	go func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-hangup:
+				err := reload(flags, a, registry)
+				if err != nil {
+					logger.Error("Reload failed, the old configuration stays", "err", err)
+				} else {
+					logger.Info("Configuration reloaded")
+				}
+			}
+		}
+	}()
+	return a.Run(ctx)
+}
+
+func reload(flags *flags, a *agent.Agent, registry *prometheus.Registry) error {
+	settings, err := flags.load()
+	if err != nil {
+		return err
+	}
+	settings.Agent.Gatherer = registry
+	return a.Reload(settings.Agent)
+}
+
+// serveMetrics serves the agent's own metrics on every path, as PushProx's client
+// does; that the address can't be had is only logged, as there. It returns what
+// stops it.
+func serveMetrics(address string, a *agent.Agent, logger *slog.Logger) func() {
+	if address == "" {
+		return func() {}
+	}
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		logger.Error("The agent's metrics are not served on an address of its own; the target \"agent\" has them as well", "err", err)
+		return func() {}
+	}
+	server := &http.Server{
+		Handler:           promhttp.HandlerFor(a.Gatherer(), promhttp.HandlerOpts{EnableOpenMetrics: true}),
+		ReadHeaderTimeout: 10 * time.Second,
+		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
+	}
+	logger.Info("Serving the agent's metrics", "address", l.Addr())
+	done := make(chan struct{})
+	go func() { defer close(done); server.Serve(l) }()
+	return func() { server.Close(); <-done }
+}

@@ -1,0 +1,159 @@
+package protocol
+
+import (
+	"bufio"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/coder/websocket"
+)
+
+// CheckUpgrade reports how a request for PathTunnel asks for the tunnel:
+// "upgrade", "websocket", or a refusal that tells what is wrong with it.
+func CheckUpgrade(r *http.Request) (transport string, refusal *Refusal) {
+	if r.Method != http.MethodGet {
+		return "", Refusef(http.StatusMethodNotAllowed, CodeMethod, "%s %s: the tunnel starts with GET", r.Method, PathTunnel)
+	}
+	asked := r.Header.Values("Upgrade")
+	if !headerHasToken(r.Header, "Connection", "upgrade") || len(asked) == 0 {
+		return "", noUpgrade("the request came without its Upgrade header")
+	}
+	for _, token := range strings.Split(strings.Join(asked, ","), ",") {
+		switch token = strings.ToLower(strings.TrimSpace(token)); {
+		case token == UpgradeToken:
+			return "upgrade", nil
+		case token == "websocket":
+			if r.Header.Get("Sec-WebSocket-Key") == "" {
+				return "", noUpgrade("the Upgrade header was replaced by \"websocket\"")
+			}
+			if !headerHasToken(r.Header, "Sec-WebSocket-Protocol", Subprotocol) {
+				return "", Refusef(http.StatusUpgradeRequired, CodeVersion,
+					"the WebSocket subprotocols %q are not ours; this proxy speaks %s", r.Header.Get("Sec-WebSocket-Protocol"), Subprotocol)
+			}
+			return "websocket", nil
+		case strings.HasPrefix(token, "culvert/"):
+			return "", Refusef(http.StatusUpgradeRequired, CodeVersion,
+				"this proxy speaks %s, not %s; install a matching culvert-client", UpgradeToken, token)
+		}
+	}
+	return "", noUpgrade(fmt.Sprintf("the Upgrade header was replaced by %q", asked[0]))
+}
+
+func noUpgrade(what string) *Refusal {
+	return Refusef(http.StatusBadRequest, CodeNoUpgrade,
+		"%s; something between agent and proxy took it away. In nginx: proxy_http_version 1.1; "+
+			"proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection \"upgrade\";", what)
+}
+
+func headerHasToken(h http.Header, name, token string) bool {
+	for _, v := range h.Values(name) {
+		for t := range strings.SplitSeq(v, ",") {
+			if strings.EqualFold(strings.TrimSpace(t), token) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// Accept answers 101 to a request that CheckUpgrade found good, and returns the
+// session. On an error the connection is closed or answered already.
+func Accept(w http.ResponseWriter, r *http.Request, transport, proxyID string, config SessionConfig) (*Session, error) {
+	if config.PingInterval == 0 {
+		config.PingInterval = -1 // the agent pings
+	}
+	var conn *frameConn
+	var err error
+	if transport == "websocket" {
+		w.Header().Set(HeaderProxy, proxyID)
+		var ws *websocket.Conn
+		ws, err = websocket.Accept(w, r, &websocket.AcceptOptions{
+			Subprotocols: []string{Subprotocol},
+			// Agents send no Origin. A browser's request is refused by the roles
+			// that guard the route, and its messages are no yamux frames.
+			InsecureSkipVerify: true,
+		})
+		if err == nil {
+			conn = &frameConn{rw: newMessageConn(ws)}
+		}
+	} else {
+		conn, err = acceptRaw(w, proxyID)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("accept tunnel: %w", err)
+	}
+	s, err := newSession(conn, config, false)
+	if err != nil {
+		return nil, err
+	}
+	s.Agent = NormalizeName(r.Header.Get(HeaderAgent))
+	s.Instance = r.Header.Get(HeaderInstance)
+	s.Proxy = proxyID
+	s.Transport = transport
+	s.RemoteAddr = r.RemoteAddr
+	return s, nil
+}
+
+func acceptRaw(w http.ResponseWriter, proxyID string) (*frameConn, error) {
+	conn, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return nil, err
+	}
+	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	head := "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: " + UpgradeToken +
+		"\r\n" + HeaderProxy + ": " + proxyID + "\r\n\r\n"
+	if _, err := io.WriteString(conn, head); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	conn.SetDeadline(time.Time{})
+	c := &frameConn{rw: conn}
+	c.tcp, _ = conn.(*net.TCPConn)
+	if n := buffered.Reader.Buffered(); n > 0 {
+		c.rw = &prefixConn{Conn: conn, buffered: buffered.Reader, left: n}
+	}
+	return c, nil
+}
+
+// prefixConn reads what net/http had buffered before it reads on.
+type prefixConn struct {
+	net.Conn
+	buffered *bufio.Reader
+	left     int
+}
+
+func (c *prefixConn) Read(p []byte) (int, error) {
+	if c.left == 0 {
+		return c.Conn.Read(p)
+	}
+	n, err := c.buffered.Read(p[:min(len(p), c.left)])
+	c.left -= n
+	if c.left == 0 {
+		c.buffered = nil
+	}
+	return n, err
+}
+
+// ResetOnClose makes the next Close of conn, plain or TLS over TCP, send a reset
+// instead of an orderly end, so that the other side sees a broken transfer.
+func ResetOnClose(conn net.Conn) {
+	if t, ok := conn.(*tls.Conn); ok {
+		conn = t.NetConn()
+	}
+	if t, ok := conn.(*net.TCPConn); ok {
+		t.SetLinger(0)
+	}
+}
+
+// IsSessionEnd reports whether err came from the end of a session, and not from
+// the stream's own end.
+func IsSessionEnd(err error) bool {
+	return errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, ErrClosed) || errors.Is(err, ErrPeerClosed) ||
+		errors.Is(err, ErrSilent) || errors.Is(err, ErrStuck)
+}

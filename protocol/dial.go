@@ -1,0 +1,246 @@
+package protocol
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/coder/websocket"
+)
+
+// Dialer opens sessions to one proxy. It may be used again and again, not at the
+// same time; it remembers which transport worked.
+type Dialer struct {
+	// ProxyURL is the base URL of the proxy, http or https. A path in it stands
+	// before /tunnel; user information is sent as basic authorization.
+	ProxyURL *url.URL
+	// Agent and Instance name who dials.
+	Agent, Instance string
+	// Header is sent with the upgrade as well.
+	Header http.Header
+	// TLS is for https. Nil means the defaults of crypto/tls.
+	TLS *tls.Config
+	// Timeout bounds the whole handshake, 30 s by default.
+	Timeout time.Duration
+	// Session tunes the sessions.
+	Session SessionConfig
+
+	webSocket bool // the raw upgrade failed where WebSocket worked
+}
+
+// HandshakeError tells why a handshake failed, for each transport that was tried.
+type HandshakeError struct {
+	// Transport is "upgrade" or "websocket": the last one that was tried.
+	Transport string
+	// Err is a *Refusal where an HTTP answer came, else an error of the network.
+	// The Refusal's Code is empty where the answer was not a culvert-proxy's.
+	Err error
+	// Before is the failure of the raw upgrade where WebSocket was tried after it.
+	Before *HandshakeError
+}
+
+func (e *HandshakeError) Error() string {
+	if e.Before != nil {
+		return fmt.Sprintf("%v; then %s: %v", e.Before, e.Transport, e.Err)
+	}
+	return fmt.Sprintf("%s: %v", e.Transport, e.Err)
+}
+
+// Unwrap returns the last failure.
+func (e *HandshakeError) Unwrap() error { return e.Err }
+
+// Dial does the handshake. It tries the raw upgrade first, and WebSocket where
+// the answer shows that something between refused the upgrade; what worked is
+// tried first the next time. It returns a *HandshakeError, or ctx's cause.
+// The environment's HTTPS_PROXY, HTTP_PROXY and NO_PROXY are honoured.
+func (d *Dialer) Dial(ctx context.Context) (*Session, error) {
+	timeout := d.Timeout
+	if timeout == 0 {
+		timeout = 30 * time.Second
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer within %s", timeout))
+	defer cancel()
+	var before *HandshakeError
+	if !d.webSocket {
+		s, err := d.dialRaw(ctx)
+		if err == nil {
+			return s, nil
+		}
+		before = &HandshakeError{Transport: "upgrade", Err: err}
+		if refusal, ok := AsRefusal(err); !ok || refusal.Code != "" && refusal.Code != CodeNoUpgrade {
+			return nil, before
+		}
+	}
+	s, err := d.dialWebSocket(ctx)
+	if err != nil {
+		d.webSocket = false
+		return nil, &HandshakeError{Transport: "websocket", Err: err, Before: before}
+	}
+	d.webSocket = true
+	return s, nil
+}
+
+// dialRaw returns a *Refusal for any answer but 101.
+func (d *Dialer) dialRaw(ctx context.Context) (*Session, error) {
+	transport, tcp := d.transport()
+	// The context of the request must not end with the handshake: it would take
+	// the connection along.
+	reqCtx, abort := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() { abort(context.Cause(ctx)) })
+	req, err := http.NewRequestWithContext(reqCtx, http.MethodGet, d.tunnelURL(), nil)
+	if err != nil {
+		stop()
+		return nil, err
+	}
+	req.Header = d.header()
+	req.Header.Set("Connection", "Upgrade")
+	req.Header.Set("Upgrade", UpgradeToken)
+	resp, err := transport.RoundTrip(req)
+	if !stop() && err == nil {
+		resp.Body.Close()
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		abort(err)
+		transport.CloseIdleConnections()
+		return nil, unwrapCause(reqCtx, err)
+	}
+	if resp.StatusCode != http.StatusSwitchingProtocols {
+		refusal := readRefusal(resp)
+		abort(refusal)
+		transport.CloseIdleConnections()
+		return nil, refusal
+	}
+	rw, ok := resp.Body.(io.ReadWriteCloser)
+	if got := resp.Header.Get("Upgrade"); !ok || !strings.EqualFold(got, UpgradeToken) {
+		resp.Body.Close()
+		return nil, &Refusal{Status: resp.StatusCode, Message: fmt.Sprintf("the answer upgrades to %q, not to %s", got, UpgradeToken)}
+	}
+	conn := &frameConn{rw: rw}
+	if d.ProxyURL.Scheme == "http" {
+		conn.tcp = tcp.Load()
+	}
+	return d.session(conn, resp, "upgrade")
+}
+
+func (d *Dialer) dialWebSocket(ctx context.Context) (*Session, error) {
+	transport, _ := d.transport()
+	ws, resp, err := websocket.Dial(ctx, d.tunnelURL(), &websocket.DialOptions{
+		HTTPClient: &http.Client{
+			Transport:     transport,
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+		HTTPHeader:   d.header(),
+		Subprotocols: []string{Subprotocol},
+	})
+	if err != nil {
+		defer transport.CloseIdleConnections()
+		if resp != nil && resp.StatusCode != http.StatusSwitchingProtocols {
+			return nil, readRefusal(resp)
+		}
+		return nil, unwrapCause(ctx, err)
+	}
+	if ws.Subprotocol() != Subprotocol {
+		ws.CloseNow()
+		return nil, &Refusal{Status: resp.StatusCode, Message: "the WebSocket server doesn't speak " + Subprotocol}
+	}
+	return d.session(&frameConn{rw: newMessageConn(ws)}, resp, "websocket")
+}
+
+func (d *Dialer) session(conn *frameConn, resp *http.Response, transport string) (*Session, error) {
+	s, err := newSession(conn, d.Session, true)
+	if err != nil {
+		return nil, err
+	}
+	s.Agent, s.Instance = d.Agent, d.Instance
+	s.Proxy = resp.Header.Get(HeaderProxy)
+	s.Transport = transport
+	s.RemoteAddr = d.ProxyURL.Host
+	return s, nil
+}
+
+func (d *Dialer) tunnelURL() string {
+	u := *d.ProxyURL
+	u.User = nil
+	return u.JoinPath(PathTunnel).String()
+}
+
+func (d *Dialer) header() http.Header {
+	h := d.Header.Clone()
+	if h == nil {
+		h = http.Header{}
+	}
+	if user := d.ProxyURL.User; user != nil && h.Get("Authorization") == "" {
+		password, _ := user.Password()
+		r := http.Request{Header: h}
+		r.SetBasicAuth(user.Username(), password)
+	}
+	h.Set(HeaderAgent, d.Agent)
+	h.Set(HeaderInstance, d.Instance)
+	return h
+}
+
+// transport returns a transport for one handshake, and where to find the TCP
+// connection that it dialled.
+func (d *Dialer) transport() (*http.Transport, *atomic.Pointer[net.TCPConn]) {
+	dialled := new(atomic.Pointer[net.TCPConn])
+	dialer := &net.Dialer{Timeout: 30 * time.Second}
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	if d.TLS != nil {
+		config = d.TLS.Clone()
+	}
+	config.NextProtos = []string{"http/1.1"}
+	return &http.Transport{
+		Proxy: http.ProxyFromEnvironment,
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := dialer.DialContext(ctx, network, addr)
+			if tcp, ok := conn.(*net.TCPConn); ok {
+				dialled.Store(tcp)
+			}
+			return conn, err
+		},
+		TLSClientConfig:     config,
+		TLSHandshakeTimeout: 10 * time.Second,
+		TLSNextProto:        map[string]func(string, *tls.Conn) http.RoundTripper{},
+	}, dialled
+}
+
+// readRefusal reads an answer that is not 101. Its Code is empty where the
+// answer is not one of a culvert-proxy.
+func readRefusal(resp *http.Response) *Refusal {
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, 2048))
+	message, _, _ := strings.Cut(strings.TrimSpace(string(body)), "\n")
+	r := &Refusal{Status: resp.StatusCode, Code: Code(resp.Header.Get(HeaderError)), Message: message}
+	if upgrade := resp.Header.Get("Upgrade"); r.Code == "" && r.Status == http.StatusUpgradeRequired && strings.HasPrefix(upgrade, "culvert/") {
+		r.Code = CodeVersion
+	}
+	if r.Code == "" {
+		server := resp.Header.Get("Server")
+		if server == "" {
+			server = "something that is no culvert-proxy"
+		}
+		r.Message = fmt.Sprintf("%s answered %s", server, resp.Status)
+	}
+	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds >= 0 {
+		r.RetryAfter = min(time.Duration(seconds)*time.Second, time.Hour)
+	}
+	return r
+}
+
+// unwrapCause prefers the reason that ended ctx to "context canceled".
+func unwrapCause(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
+		return cause
+	}
+	return err
+}

@@ -1,0 +1,513 @@
+package protocol
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/yamux"
+)
+
+// Errors that end a session, as Session.Err returns them.
+var (
+	// ErrClosed: this side closed the session.
+	ErrClosed = errors.New("closed here")
+	// ErrPeerClosed: the other side, or something between, closed the connection.
+	ErrPeerClosed = errors.New("connection closed by the other side")
+	// ErrSilent: no frame came for SessionConfig.DeadAfter.
+	ErrSilent = errors.New("nothing was heard from the other side")
+	// ErrStuck: a frame could not be written for SessionConfig.DeadAfter.
+	ErrStuck = errors.New("the connection takes no data")
+)
+
+// EndReason returns one word for the reason that ended a session: "closed",
+// "lost", "silent", "stuck", else "error". It suits a metric's label.
+func EndReason(err error) string {
+	for word, end := range map[string]error{"closed": ErrClosed, "lost": ErrPeerClosed, "silent": ErrSilent, "stuck": ErrStuck} {
+		if errors.Is(err, end) {
+			return word
+		}
+	}
+	return "error"
+}
+
+// ErrTooManyStreams is returned by Session.Open at SessionConfig.MaxStreams.
+var ErrTooManyStreams = errors.New("too many open streams")
+
+// SessionConfig tunes a session. Zero values mean the defaults.
+type SessionConfig struct {
+	// PingInterval is the mean distance of pings, ±20 %. The agent pings, by
+	// default every 20 s; a proxy leaves it negative, which is: never.
+	PingInterval time.Duration
+	// DeadAfter ends a session that brought no frame, or took none, for so long.
+	// 60 s by default.
+	DeadAfter time.Duration
+	// MaxStreams bounds the streams of the session, of both sides together. 1024
+	// by default.
+	MaxStreams int
+	// StreamWindow is the receive window of a stream in bytes, and so bounds the
+	// throughput of one response to StreamWindow per round trip, and the memory
+	// that a slow reader can hold to about twice of it. 2 MiB by default.
+	StreamWindow uint32
+	// Stats, where given, counts the bytes and streams of all sessions that share it.
+	Stats *Stats
+	// Logger gets what yamux has to say, at debug level.
+	Logger *slog.Logger
+}
+
+// Stats counts over the sessions that share it.
+type Stats struct {
+	BytesRead    atomic.Int64 // from the connection, frame headers included
+	BytesWritten atomic.Int64
+	Streams      atomic.Int64 // open now
+}
+
+const (
+	defaultPingInterval = 20 * time.Second
+	defaultDeadAfter    = 60 * time.Second
+	defaultMaxStreams   = 1024
+	defaultStreamWindow = 2 << 20
+
+	// streamCloseTimeout is how long a closed stream waits for the other side's
+	// FIN before it is reset. A half-closed stream keeps its buffers until then.
+	streamCloseTimeout = 10 * time.Second
+	// shrinkAfter is how long a stream has to be idle before its receive buffer
+	// is given back: yamux would keep the largest size it ever had.
+	shrinkAfter = 2 * time.Second
+)
+
+func (c SessionConfig) withDefaults() SessionConfig {
+	if c.PingInterval == 0 {
+		c.PingInterval = defaultPingInterval
+	}
+	if c.DeadAfter == 0 {
+		c.DeadAfter = defaultDeadAfter
+	}
+	if c.MaxStreams == 0 {
+		c.MaxStreams = defaultMaxStreams
+	}
+	if c.StreamWindow == 0 {
+		c.StreamWindow = defaultStreamWindow
+	}
+	if c.Stats == nil {
+		c.Stats = new(Stats)
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
+
+// Session multiplexes streams over one connection. All methods may be called at
+// the same time. It ends by Close, by the other side, by silence or by a write
+// that gets stuck; Done is closed then, and Err says why.
+type Session struct {
+	// Agent and Instance are who dialled, Proxy is who answered: as the handshake
+	// told. Transport is "upgrade" or "websocket".
+	Agent, Instance, Proxy, Transport string
+	// RemoteAddr is the address of the other side where it is known.
+	RemoteAddr string
+
+	config SessionConfig
+	conn   *frameConn
+	mux    *yamux.Session
+	tasks  sync.WaitGroup // goroutines of this session
+	rtt    atomic.Int64   // nanoseconds, of the last ping
+
+	mu      sync.Mutex // protects what follows
+	err     error
+	closed  bool
+	streams map[*Stream]struct{}
+	dead    *time.Timer // fires when the session may have been silent for DeadAfter
+	shrink  *time.Timer // armed while there are streams
+}
+
+// newSession starts a session on conn, which it owns from now on.
+func newSession(conn *frameConn, config SessionConfig, dialled bool) (*Session, error) {
+	config = config.withDefaults()
+	s := &Session{config: config, conn: conn, streams: map[*Stream]struct{}{}}
+	conn.stats = config.Stats
+	conn.lastRead.Store(time.Now().UnixNano())
+	yc := yamux.DefaultConfig()
+	yc.EnableKeepAlive = false // ours has jitter, and counts any frame as a sign of life
+	yc.ConnectionWriteTimeout = config.DeadAfter
+	yc.StreamOpenTimeout = 0 // it would close the whole session
+	yc.StreamCloseTimeout = streamCloseTimeout
+	yc.MaxStreamWindowSize = config.StreamWindow
+	yc.LogOutput = nil
+	yc.Logger = muxLogger{config.Logger}
+	var err error
+	if dialled {
+		s.mux, err = yamux.Client(conn, yc)
+	} else {
+		s.mux, err = yamux.Server(conn, yc)
+	}
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("start session: %w", err)
+	}
+	s.mu.Lock()
+	s.dead = time.AfterFunc(config.DeadAfter, s.checkSilence)
+	s.mu.Unlock()
+	if config.PingInterval > 0 {
+		s.tasks.Go(s.pingLoop)
+	}
+	return s, nil
+}
+
+// Open opens a stream. It gives up when ctx ends, returns ErrTooManyStreams at
+// the limit, and an error that wraps Err once the session has ended.
+func (s *Session) Open(ctx context.Context) (net.Conn, error) {
+	if n := s.mux.NumStreams(); n >= s.config.MaxStreams {
+		return nil, fmt.Errorf("%w: %d", ErrTooManyStreams, n)
+	}
+	type result struct {
+		stream *yamux.Stream
+		err    error
+	}
+	opened := make(chan result)
+	// OpenStream waits without a context for the connection to take the frame.
+	if !s.start(func() {
+		stream, err := s.mux.OpenStream()
+		select {
+		case opened <- result{stream, err}:
+		case <-ctx.Done():
+			if err == nil {
+				stream.Close()
+			}
+		}
+	}) {
+		return nil, s.endError()
+	}
+	select {
+	case r := <-opened:
+		if r.err != nil {
+			return nil, s.streamError(r.err)
+		}
+		return s.wrap(r.stream), nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// Accept returns the next stream that the other side opened. It returns an
+// error that wraps Err once the session has ended, ctx's cause when that ends.
+func (s *Session) Accept(ctx context.Context) (net.Conn, error) {
+	stream, err := s.mux.AcceptStreamWithContext(ctx)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return nil, s.streamError(err)
+	}
+	return s.wrap(stream), nil
+}
+
+// Ping measures the round trip. It waits until ctx ends.
+func (s *Session) Ping(ctx context.Context) (time.Duration, error) {
+	type result struct {
+		rtt time.Duration
+		err error
+	}
+	pinged := make(chan result, 1)
+	if !s.start(func() {
+		rtt, err := s.mux.Ping()
+		pinged <- result{rtt, err}
+	}) {
+		return 0, s.endError()
+	}
+	select {
+	case r := <-pinged:
+		if r.err != nil {
+			return 0, s.streamError(r.err)
+		}
+		s.rtt.Store(int64(r.rtt))
+		return r.rtt, nil
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	}
+}
+
+// RTT returns the round trip of the last ping from this side, 0 before the first.
+func (s *Session) RTT() time.Duration { return time.Duration(s.rtt.Load()) }
+
+// LastHeard returns when the last bytes came from the other side.
+func (s *Session) LastHeard() time.Time { return time.Unix(0, s.conn.lastRead.Load()) }
+
+// NumStreams returns the number of open streams, of both sides.
+func (s *Session) NumStreams() int { return s.mux.NumStreams() }
+
+// Done is closed when the session has ended.
+func (s *Session) Done() <-chan struct{} { return s.mux.CloseChan() }
+
+// Err returns why the session ended, nil while it lives.
+func (s *Session) Err() error {
+	select {
+	case <-s.mux.CloseChan():
+	default:
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return s.err
+	}
+	return s.conn.endCause()
+}
+
+// Close ends the session and all its streams, and waits until its goroutines
+// have gone.
+func (s *Session) Close() error {
+	s.end(ErrClosed)
+	s.tasks.Wait()
+	return nil
+}
+
+// end closes the session for the given reason; the first reason stays.
+func (s *Session) end(reason error) {
+	s.mu.Lock()
+	if s.err == nil && !s.mux.IsClosed() {
+		s.err = reason
+	}
+	s.closed = true
+	s.dead.Stop()
+	if s.shrink != nil {
+		s.shrink.Stop()
+	}
+	s.mu.Unlock()
+	s.mux.Close()
+}
+
+// start runs f in a goroutine that Close waits for. It returns false when the
+// session has ended.
+func (s *Session) start(f func()) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || s.mux.IsClosed() {
+		return false
+	}
+	s.tasks.Go(f)
+	return true
+}
+
+func (s *Session) endError() error {
+	if err := s.Err(); err != nil {
+		return fmt.Errorf("session ended: %w", err)
+	}
+	return fmt.Errorf("session ended: %w", ErrClosed)
+}
+
+// streamError translates an error of yamux. A write timeout leaves yamux's
+// session half alive, with the other side's reads hanging (GHSA-29qp-crvh-w22m),
+// so it ends the session here.
+func (s *Session) streamError(err error) error {
+	switch {
+	case errors.Is(err, yamux.ErrConnectionWriteTimeout):
+		go s.end(ErrStuck)
+		return fmt.Errorf("session ended: %w", ErrStuck)
+	case errors.Is(err, yamux.ErrSessionShutdown), s.mux.IsClosed():
+		return s.endError()
+	}
+	return err
+}
+
+// checkSilence runs when DeadAfter has passed since the last frame that was
+// known when the timer was set.
+func (s *Session) checkSilence() {
+	silent := time.Since(s.LastHeard())
+	if silent >= s.config.DeadAfter {
+		s.end(ErrSilent)
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed && !s.mux.IsClosed() {
+		s.dead.Reset(s.config.DeadAfter - silent)
+	}
+}
+
+func (s *Session) pingLoop() {
+	for {
+		jitter := 0.8 + 0.4*rand.Float64()
+		timer := time.NewTimer(time.Duration(float64(s.config.PingInterval) * jitter))
+		select {
+		case <-s.Done():
+			timer.Stop()
+			return
+		case <-timer.C:
+		}
+		// A lost answer is checkSilence's business.
+		ctx, cancel := context.WithTimeout(context.Background(), s.config.PingInterval)
+		s.Ping(ctx)
+		cancel()
+	}
+}
+
+// wrap registers a stream.
+func (s *Session) wrap(y *yamux.Stream) *Stream {
+	st := &Stream{mux: y, session: s}
+	st.lastUse.Store(time.Now().UnixNano())
+	s.config.Stats.Streams.Add(1)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.streams[st] = struct{}{}
+	if s.shrink == nil {
+		s.shrink = time.AfterFunc(shrinkAfter, s.shrinkIdle)
+	} else if len(s.streams) == 1 && !s.closed {
+		s.shrink.Reset(shrinkAfter)
+	}
+	return st
+}
+
+// shrinkIdle gives back the receive buffers of streams that wait in a pool.
+func (s *Session) shrinkIdle() {
+	s.mu.Lock()
+	var idle []*Stream
+	now := time.Now().UnixNano()
+	for st := range s.streams {
+		if used := st.lastUse.Load(); now-used >= int64(shrinkAfter) && used != st.shrunkAt {
+			st.shrunkAt = used
+			idle = append(idle, st)
+		}
+	}
+	if len(s.streams) > 0 && !s.closed {
+		s.shrink.Reset(shrinkAfter)
+	}
+	s.mu.Unlock()
+	for _, st := range idle {
+		st.mux.Shrink() // may wait for a frame that is just being read
+	}
+}
+
+// Listener returns a net.Listener of the streams that the other side opens, for
+// http.Server. Closing it ends Accept and leaves the session as it is.
+func (s *Session) Listener() net.Listener {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	return &listener{session: s, ctx: ctx, cancel: cancel}
+}
+
+type listener struct {
+	session *Session
+	ctx     context.Context
+	cancel  context.CancelCauseFunc
+}
+
+func (l *listener) Accept() (net.Conn, error) { return l.session.Accept(l.ctx) }
+func (l *listener) Close() error              { l.cancel(net.ErrClosed); return nil }
+func (l *listener) Addr() net.Addr            { return streamAddr(l.session.RemoteAddr) }
+
+// Stream is one stream of a session, a net.Conn. Close closes the write side at
+// once and the read side when the other end has closed too, or after 10 s.
+//
+// A read that meets the end of the session returns io.ErrUnexpectedEOF, never
+// io.EOF: a body that is delimited by the end of the stream must not look
+// complete because the tunnel broke.
+type Stream struct {
+	mux     *yamux.Stream
+	session *Session
+	lastUse atomic.Int64 // Unix nanoseconds
+	closing atomic.Bool
+
+	shrunkAt int64 // lastUse when it was shrunk last; protected by session.mu
+}
+
+// copySize is the size of the largest data frame: the price of a frame is two
+// context switches at each end, and larger ones make other streams wait.
+const copySize = 64 << 10
+
+func (st *Stream) Read(p []byte) (int, error) {
+	if st.closing.Load() {
+		return 0, net.ErrClosed
+	}
+	n, err := st.mux.Read(p)
+	if n > 0 {
+		st.lastUse.Store(time.Now().UnixNano())
+	}
+	if err == io.EOF && st.session.mux.IsClosed() {
+		err = io.ErrUnexpectedEOF
+	} else if err != nil && err != io.EOF {
+		err = st.error(err)
+	}
+	return n, err
+}
+
+func (st *Stream) Write(p []byte) (int, error) {
+	total := 0
+	for {
+		n, err := st.mux.Write(p[:min(len(p), copySize)])
+		total += n
+		if err != nil {
+			return total, st.error(err)
+		}
+		st.lastUse.Store(time.Now().UnixNano())
+		if p = p[n:]; len(p) == 0 {
+			return total, nil
+		}
+	}
+}
+
+func (st *Stream) error(err error) error {
+	if st.closing.Load() {
+		return net.ErrClosed
+	}
+	var timeout net.Error
+	if errors.As(err, &timeout) {
+		return err // net/http asks for Timeout()
+	}
+	return st.session.streamError(err)
+}
+
+// CloseWrite tells the other side that no more data comes. What it still sends
+// can be read for 10 s.
+func (st *Stream) CloseWrite() error { return st.mux.Close() }
+
+// Close returns at once: where the connection is stuck, the FIN would wait.
+func (st *Stream) Close() error {
+	if st.closing.Swap(true) {
+		return nil
+	}
+	s := st.session
+	s.config.Stats.Streams.Add(-1)
+	s.mu.Lock()
+	delete(s.streams, st)
+	s.mu.Unlock()
+	st.mux.SetReadDeadline(time.Unix(1, 0)) // wakes a reader
+	if !s.start(func() { st.mux.Close() }) {
+		st.mux.Close() // the session has ended, nothing to wait for
+	}
+	return nil
+}
+
+// Idle returns how long ago data went through the stream.
+func (st *Stream) Idle() time.Duration {
+	return time.Since(time.Unix(0, st.lastUse.Load()))
+}
+
+// Session returns the session that the stream belongs to.
+func (st *Stream) Session() *Session { return st.session }
+
+func (st *Stream) LocalAddr() net.Addr                { return streamAddr("tunnel") }
+func (st *Stream) RemoteAddr() net.Addr               { return streamAddr(st.session.RemoteAddr) }
+func (st *Stream) SetDeadline(t time.Time) error      { return st.mux.SetDeadline(t) }
+func (st *Stream) SetReadDeadline(t time.Time) error  { return st.mux.SetReadDeadline(t) }
+func (st *Stream) SetWriteDeadline(t time.Time) error { return st.mux.SetWriteDeadline(t) }
+
+type streamAddr string
+
+func (streamAddr) Network() string  { return "culvert" }
+func (a streamAddr) String() string { return string(a) }
+
+// muxLogger passes yamux's remarks on, at debug level: what matters of them
+// comes back as an error.
+type muxLogger struct{ logger *slog.Logger }
+
+func (l muxLogger) Print(v ...any)                 { l.logger.Debug(fmt.Sprint(v...)) }
+func (l muxLogger) Printf(format string, v ...any) { l.logger.Debug(fmt.Sprintf(format, v...)) }
+func (l muxLogger) Println(v ...any)               { l.logger.Debug(fmt.Sprint(v...)) }

@@ -1,0 +1,112 @@
+package protocol
+
+import (
+	"bufio"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Buffers is a pool of buffers of 64 KiB, the size in which bodies are copied. It
+// is an httputil.BufferPool.
+var Buffers bufferPool
+
+type bufferPool struct{}
+
+var copyBuffers = sync.Pool{New: func() any {
+	b := make([]byte, copySize)
+	return &b
+}}
+
+// Get returns a buffer of 64 KiB.
+func (bufferPool) Get() []byte { return *copyBuffers.Get().(*[]byte) }
+
+// Put takes a buffer back.
+func (bufferPool) Put(b []byte) {
+	if cap(b) == copySize {
+		b = b[:copySize]
+		copyBuffers.Put(&b)
+	}
+}
+
+// ErrIdle is returned by Splice when nothing went either way for the idle timeout.
+var ErrIdle = errors.New("nothing went through for the idle timeout")
+
+// Splice copies bytes both ways until both sides have ended, one fails, or
+// nothing went either way for idle. It closes both connections and returns how
+// many bytes went from b to a, and nil where both ended in good order.
+func Splice(a, b net.Conn, idle time.Duration) (int64, error) {
+	var last atomic.Int64 // when data went through, either way
+	last.Store(time.Now().UnixNano())
+	var toA int64
+	var errA, errB error
+	var closing sync.Once
+	closeBoth := func() { a.Close(); b.Close() }
+	defer closing.Do(closeBoth)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if toA, errA = copyActive(a, b, idle, &last); errA != nil {
+			closing.Do(closeBoth)
+		}
+	})
+	wg.Go(func() {
+		if _, errB = copyActive(b, a, idle, &last); errB != nil {
+			closing.Do(closeBoth)
+		}
+	})
+	wg.Wait()
+	// Where one side failed, the other's error is only the echo of closing it.
+	for _, err := range []error{errA, errB} {
+		if IsSessionEnd(err) || errors.Is(err, ErrIdle) {
+			return toA, err
+		}
+	}
+	return toA, errors.Join(errA, errB)
+}
+
+// copyActive copies src to dst until src ends, which it passes on to dst.
+func copyActive(dst, src net.Conn, idle time.Duration, last *atomic.Int64) (int64, error) {
+	buf := Buffers.Get()
+	defer Buffers.Put(buf)
+	var total int64
+	for {
+		src.SetReadDeadline(time.Unix(0, last.Load()).Add(idle))
+		n, err := src.Read(buf)
+		if n > 0 {
+			last.Store(time.Now().UnixNano())
+			dst.SetWriteDeadline(time.Now().Add(idle))
+			if _, werr := dst.Write(buf[:n]); werr != nil {
+				return total, werr
+			}
+			total += int64(n)
+		}
+		var timeout net.Error
+		switch {
+		case err == nil:
+		case err == io.EOF:
+			if half, ok := dst.(interface{ CloseWrite() error }); ok {
+				return total, half.CloseWrite()
+			}
+			return total, dst.Close()
+		case errors.As(err, &timeout) && timeout.Timeout():
+			if time.Since(time.Unix(0, last.Load())) >= idle {
+				return total, ErrIdle
+			}
+		default:
+			return total, err
+		}
+	}
+}
+
+// PassAhead writes to dst what r holds beyond the message that was read from it.
+func PassAhead(dst io.Writer, r *bufio.Reader) error {
+	ahead, err := r.Peek(r.Buffered())
+	if err != nil || len(ahead) == 0 {
+		return err
+	}
+	_, err = dst.Write(ahead)
+	return err
+}

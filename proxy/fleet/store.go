@@ -1,0 +1,217 @@
+package fleet
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+
+	"github.com/culvert-io/culvert/protocol"
+)
+
+// record is an agent as it is stored: JSON under its name, in the bucket "agents".
+type record struct {
+	Name         string                `json:"name"`
+	Registration protocol.Registration `json:"registration"`
+	FirstSeen    time.Time             `json:"first_seen"`
+	LostAt       time.Time             `json:"lost_at,omitzero"` // zero: connected
+
+	deleted bool
+}
+
+func (a *Agent) record() record {
+	rec := record{Name: a.Name, Registration: a.registration, FirstSeen: a.firstSeen}
+	if a.conn == nil {
+		rec.LostAt = a.since
+	}
+	return rec
+}
+
+var agentsBucket = []byte("agents")
+
+// store writes records to a bbolt file. One goroutine commits all that waits in
+// one transaction, so that a reconnecting fleet costs few of them.
+type store struct {
+	db     *bolt.DB
+	logger *slog.Logger
+	work   chan struct{} // 1: there are pending records
+	done   chan struct{} // closed when the goroutine has ended
+
+	mu      sync.Mutex // protects what follows
+	pending map[string]record
+	waiting []chan error
+	closed  bool
+}
+
+// openStore opens the file, or creates it. It reports whether a list was there.
+// A file that is damaged is left as it is, and an error returned.
+func openStore(path string, logger *slog.Logger) (s *store, records []record, existed bool, err error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
+		return nil, nil, false, err
+	}
+	var db *bolt.DB
+	defer func() {
+		// bbolt panics on some kinds of damage.
+		if p := recover(); p != nil {
+			if db != nil {
+				db.Close()
+			}
+			s, err = nil, fmt.Errorf("%s is damaged: %v; move it away to start with an empty list", path, p)
+		}
+	}()
+	db, err = bolt.Open(path, 0o600, &bolt.Options{Timeout: 2 * time.Second, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
+	if errors.Is(err, berrors.ErrTimeout) {
+		return nil, nil, false, fmt.Errorf("%s: %w", path, ErrInUse)
+	}
+	if err != nil {
+		return nil, nil, false, fmt.Errorf("open %s: %w; move it away to start with an empty list", path, err)
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		b := tx.Bucket(agentsBucket)
+		existed = b != nil
+		if !existed {
+			_, err := tx.CreateBucket(agentsBucket)
+			return err
+		}
+		return b.ForEach(func(k, v []byte) error {
+			var rec record
+			if err := json.Unmarshal(v, &rec); err != nil || rec.Name != string(k) {
+				return fmt.Errorf("record of agent %q: %v", k, err)
+			}
+			records = append(records, rec)
+			return nil
+		})
+	})
+	if err != nil {
+		db.Close()
+		return nil, nil, false, fmt.Errorf("read %s: %w; move it away to start with an empty list", path, err)
+	}
+	s = &store{db: db, logger: logger, work: make(chan struct{}, 1), done: make(chan struct{}), pending: map[string]record{}}
+	go s.run()
+	return s, records, existed, nil
+}
+
+// ErrInUse is returned by Open where another process has the store's file.
+var ErrInUse = errors.New("another process uses this file; give each proxy a --storage.path of its own")
+
+// save writes a record and waits until it is on disk, or ctx ends.
+func (s *store) save(ctx context.Context, rec record) error {
+	done := make(chan error, 1)
+	if !s.enqueue(rec, done) {
+		return errors.New("the store is closed")
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// saveLater writes a record soon; a failure is logged.
+func (s *store) saveLater(rec record) { s.enqueue(rec, nil) }
+
+func (s *store) enqueue(rec record, done chan error) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.pending[rec.Name] = rec
+	if done != nil {
+		s.waiting = append(s.waiting, done)
+	}
+	s.wake()
+	return true
+}
+
+func (s *store) run() {
+	defer close(s.done)
+	for range s.work {
+		s.commit()
+	}
+	s.commit()
+}
+
+func (s *store) commit() {
+	s.mu.Lock()
+	pending, waiting := s.pending, s.waiting
+	s.pending, s.waiting = map[string]record{}, nil
+	s.mu.Unlock()
+	if len(pending) == 0 {
+		return
+	}
+	err := s.db.Update(func(tx *bolt.Tx) error {
+		b := tx.Bucket(agentsBucket)
+		for name, rec := range pending {
+			if rec.deleted {
+				if err := b.Delete([]byte(name)); err != nil {
+					return err
+				}
+				continue
+			}
+			value, err := json.Marshal(rec)
+			if err != nil {
+				return err
+			}
+			if err := b.Put([]byte(name), value); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		s.logger.Error("The list of known agents could not be written", "err", err, "retry_in", retryWrite)
+		s.retry(pending)
+	}
+	for _, done := range waiting {
+		done <- err
+	}
+}
+
+// retryWrite is when a write that failed is tried again.
+const retryWrite = 30 * time.Second
+
+// retry puts back what could not be written, unless something newer waits.
+func (s *store) retry(failed map[string]record) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for name, rec := range failed {
+		if _, newer := s.pending[name]; !newer {
+			s.pending[name] = rec
+		}
+	}
+	time.AfterFunc(retryWrite, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if !s.closed {
+			s.wake()
+		}
+	})
+}
+
+// wake makes run commit. It is called with mu held.
+func (s *store) wake() {
+	select {
+	case s.work <- struct{}{}:
+	default:
+	}
+}
+
+// close writes what is pending and closes the file.
+func (s *store) close() {
+	s.mu.Lock()
+	s.closed = true
+	close(s.work)
+	s.mu.Unlock()
+	<-s.done
+	s.db.Close()
+}

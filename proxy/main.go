@@ -1,0 +1,166 @@
+// Command culvert-proxy carries Prometheus's scrapes to agents behind firewalls.
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/alecthomas/kingpin/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	versioncollector "github.com/prometheus/client_golang/prometheus/collectors/version"
+	"github.com/prometheus/common/model"
+	"github.com/prometheus/common/promslog"
+	promslogflag "github.com/prometheus/common/promslog/flag"
+	"github.com/prometheus/common/version"
+
+	"github.com/culvert-io/culvert/proxy/server"
+)
+
+func main() {
+	config, logger, err := parseFlags(os.Args[1:])
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "culvert-proxy: %v\n", err)
+		os.Exit(1)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, config, logger); err != nil {
+		logger.Error("Stopped", "err", err)
+		os.Exit(1)
+	}
+}
+
+// run serves until ctx ends.
+func run(ctx context.Context, config server.Config, logger *slog.Logger) error {
+	logger.Info("Starting culvert-proxy", "version", version.Info())
+	s, err := server.New(config)
+	if err != nil {
+		return err
+	}
+	if err := s.Listen(); err != nil {
+		return err
+	}
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	go func() {
+		for {
+			select {
+			case <-hangup:
+				_ = s.Reload() // it logs, and the old configuration stays
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return s.Run(ctx)
+}
+
+// parseFlags turns the command line into a configuration.
+func parseFlags(args []string) (server.Config, *slog.Logger, error) {
+	var c server.Config
+	app := kingpin.New("culvert-proxy", "Carries Prometheus's scrapes to agents behind firewalls and NAT.")
+	app.HelpFlag.Short('h')
+	app.Version(version.Print("culvert-proxy"))
+	app.UsageWriter(os.Stdout)
+
+	app.Flag("web.listen-address", "Address for scrapers and people, and for agents where --agent.listen-address is not given. Repeatable.").
+		Default(":8080").StringsVar(&c.ListenAddresses)
+	app.Flag("web.config.file", "Web configuration in exporter-toolkit's format: TLS, response headers.").
+		StringVar(&c.WebConfigFile)
+	externalURL := app.Flag("web.external-url", "URL under which people and scrapers reach this proxy; discovery's path mode names it.").String()
+	app.Flag("agent.listen-address", "Address for agents alone; they can't connect to --web.listen-address then. Repeatable.").
+		StringsVar(&c.AgentListenAddresses)
+	app.Flag("agent.web.config.file", "Web configuration of --agent.listen-address.").
+		StringVar(&c.AgentWebConfigFile)
+	app.Flag("storage.path", "Directory for state, so that known agents survive a restart. Empty: memory only.").
+		Default("data/").StringVar(&c.StoragePath)
+	app.Flag("config.file", "Configuration that can be reloaded, in YAML.").
+		StringVar(&c.ConfigFile)
+
+	duration(app.Flag("scrape.default-timeout", "Timeout of a scrape that names none.").Default("15s"), &c.DefaultTimeout)
+	duration(app.Flag("scrape.max-timeout", "Longest timeout that a scrape may name.").Default("5m"), &c.MaxTimeout)
+	duration(app.Flag("scrape.timeout-offset", "Taken off the scraper's timeout, so that it still gets the answer.").Default("250ms"), &c.TimeoutOffset)
+	duration(app.Flag("scrape.reconnect-wait", "How long a scrape waits for an agent that is not connected, or busy.").Default("2s"), &c.ReconnectWait)
+	app.Flag("scrape.max-concurrent", "Scrapes that may run for one agent at a time.").
+		Default("64").IntVar(&c.Fleet.MaxScrapes)
+	duration(app.Flag("connect.idle-timeout", "Ends a CONNECT tunnel (a scrape of an https target) that nothing goes through.").Default("6m"), &c.ConnectIdleTimeout)
+	app.Flag("connect.max-concurrent", "CONNECT tunnels that may be open for one agent at a time.").
+		Default("256").IntVar(&c.Fleet.MaxTunnels)
+
+	duration(app.Flag("agent.forget-after", "How long a lost agent stays in discovery.").Default("7d"), &c.Fleet.ForgetAfter)
+	var registrationTimeout time.Duration
+	duration(app.Flag("registration.timeout", "PushProx's name for --agent.forget-after."), &registrationTimeout)
+	duration(app.Flag("agent.settle-time", "How long discovery answers 503 after a start without a stored list of agents. 0: not at all.").Default("60s"), &c.Fleet.SettleTime)
+	app.Flag("agent.max-handshakes", "Agents that may be in their handshakes at a time; more are told to come back.").
+		Default("256").IntVar(&c.MaxHandshakes)
+	duration(app.Flag("web.shutdown-timeout", "How long running scrapes may take after SIGTERM.").Default("20s"), &c.ShutdownTimeout)
+
+	logConfig := &promslog.Config{}
+	promslogflag.AddFlags(app, logConfig)
+	if _, err := app.Parse(args); err != nil {
+		return c, nil, fmt.Errorf("%w; see --help", err)
+	}
+	if registrationTimeout > 0 {
+		c.Fleet.ForgetAfter = registrationTimeout
+	}
+	// In the configuration 0 means the default.
+	for _, d := range []*time.Duration{&c.Fleet.SettleTime, &c.ReconnectWait, &c.TimeoutOffset} {
+		if *d == 0 {
+			*d = -1
+		}
+	}
+	for name, n := range map[string]int{"scrape.max-concurrent": c.Fleet.MaxScrapes, "connect.max-concurrent": c.Fleet.MaxTunnels, "agent.max-handshakes": c.MaxHandshakes} {
+		if n < 1 {
+			return c, nil, fmt.Errorf("--%s=%d: use at least 1", name, n)
+		}
+	}
+	for name, d := range map[string]time.Duration{
+		"scrape.default-timeout": c.DefaultTimeout, "scrape.max-timeout": c.MaxTimeout, "connect.idle-timeout": c.ConnectIdleTimeout,
+		"agent.forget-after": c.Fleet.ForgetAfter, "web.shutdown-timeout": c.ShutdownTimeout,
+	} {
+		if d <= 0 {
+			return c, nil, fmt.Errorf("--%s=%s: use more than 0", name, d)
+		}
+	}
+	if *externalURL != "" {
+		u, err := url.Parse(*externalURL)
+		if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" {
+			return c, nil, fmt.Errorf("--web.external-url=%q: use a whole URL, as in https://culvert.example.net", *externalURL)
+		}
+		c.ExternalURL = u
+	}
+	c.Logger = promslog.New(logConfig)
+	c.Registry = prometheus.NewRegistry()
+	c.Registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		versioncollector.NewCollector("culvert_proxy"))
+	return c, c.Logger, nil
+}
+
+// duration makes a flag take Prometheus's durations (7d) and Go's (1.5h).
+func duration(flag *kingpin.FlagClause, d *time.Duration) { flag.SetValue((*durationValue)(d)) }
+
+type durationValue time.Duration
+
+func (v *durationValue) String() string { return time.Duration(*v).String() }
+
+func (v *durationValue) Set(s string) error {
+	if d, err := model.ParseDuration(s); err == nil {
+		*v = durationValue(d)
+		return nil
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil || strings.HasPrefix(s, "-") {
+		return fmt.Errorf("%q is not a duration; write it as in 30s, 5m or 7d", s)
+	}
+	*v = durationValue(d)
+	return nil
+}

@@ -1,0 +1,191 @@
+package server
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/proxy/fleet"
+)
+
+// tunnel is an open CONNECT tunnel.
+type tunnel struct {
+	conn   *fleet.Conn
+	stream *protocol.Stream
+}
+
+// connect serves CONNECT NAME:PORT.
+func (s *Server) connect(w http.ResponseWriter, r *http.Request) {
+	start := time.Now()
+	outcome, open := s.openTunnel(w, r)
+	s.metrics.scrapes.WithLabelValues("connect", outcome).Inc()
+	s.metrics.duration.WithLabelValues("connect").Observe(time.Since(start).Seconds())
+	if open != nil {
+		open()
+	}
+}
+
+// openTunnel does all up to the 200. It returns the outcome, and what passes the
+// bytes where there is a tunnel now.
+func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, func()) {
+	refuse := func(refusal *protocol.Refusal) (string, func()) {
+		s.refuse(w, r, refusal)
+		return string(refusal.Code), nil
+	}
+	name, port := protocol.SplitAuthority(r.RequestURI)
+	if port == "" {
+		return refuse(protocol.Refusef(http.StatusBadRequest, protocol.CodeBadRequest, "CONNECT %s: the port is missing", r.RequestURI))
+	}
+	route, known := s.fleet.Resolve(name)
+	if !known {
+		return refuse(unknownAgent(name))
+	}
+	timeout := s.timeout(r.Header)
+	ctx, cancel := context.WithTimeout(r.Context(), timeout)
+	defer cancel()
+	agent, conn, err := s.await(ctx, route)
+	if err != nil {
+		refusal, _ := protocol.AsRefusal(err)
+		return refuse(refusal)
+	}
+	if err := s.takePlace(ctx, agent.Tunnels); err != nil {
+		return refuse(protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy,
+			"agent %q has %d CONNECT tunnels open (--connect.max-concurrent)", agent.Name, cap(agent.Tunnels)))
+	}
+	release := func() { <-agent.Tunnels }
+	stream, ahead, refusal := s.dialAgent(ctx, conn, r.RequestURI, route, agent, timeout)
+	if refusal != nil {
+		release()
+		if r.Context().Err() != nil {
+			return outcomeCancelled, nil
+		}
+		return refuse(refusal)
+	}
+	scraper, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		release()
+		stream.Close()
+		return refuse(protocol.Refusef(http.StatusInternalServerError, protocol.CodeBadRequest, "CONNECT: %v", err))
+	}
+	t := &tunnel{conn: conn, stream: stream}
+	s.mu.Lock()
+	s.tunnels[t] = struct{}{}
+	s.mu.Unlock()
+	s.sessions.Add(1)
+	return outcomeOK, func() {
+		defer s.sessions.Done()
+		defer release()
+		defer func() {
+			s.mu.Lock()
+			delete(s.tunnels, t)
+			s.mu.Unlock()
+		}()
+		scraper.SetDeadline(time.Now().Add(timeout))
+		_, err := io.WriteString(scraper, "HTTP/1.1 200 Connection established\r\n\r\n")
+		if err == nil {
+			err = protocol.PassAhead(scraper, ahead)
+		}
+		if err == nil {
+			err = protocol.PassAhead(stream, buffered.Reader)
+		}
+		if err != nil {
+			scraper.Close()
+			stream.Close()
+			return
+		}
+		scraper.SetDeadline(time.Time{})
+		n, err := protocol.Splice(&resettable{scraper, conn.Session}, stream, s.config.ConnectIdleTimeout)
+		s.metrics.bytes.Add(float64(n))
+		if err != nil {
+			s.logger.Debug("CONNECT tunnel ended", "target", r.RequestURI, "agent", agent.Name, "err", err)
+		}
+	}
+}
+
+// dialAgent opens a stream and has the agent connect to authority. It returns
+// the stream, and the reader that may hold what the target said already.
+func (s *Server) dialAgent(ctx context.Context, conn *fleet.Conn, authority string, route fleet.Route, agent *fleet.Agent, timeout time.Duration) (*protocol.Stream, *bufio.Reader, *protocol.Refusal) {
+	opened, err := conn.Open(ctx)
+	if err != nil {
+		sc := &scrape{server: s, route: route, agent: agent, timeout: timeout}
+		return nil, nil, sc.refusal(ctx, err)
+	}
+	stream := opened.(*protocol.Stream)
+	stop := context.AfterFunc(ctx, func() { stream.Close() })
+	r := bufio.NewReader(stream)
+	_, err = fmt.Fprintf(stream, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", authority, authority)
+	var resp *http.Response
+	if err == nil {
+		resp, err = http.ReadResponse(r, &http.Request{Method: http.MethodConnect})
+	}
+	var refusal *protocol.Refusal
+	switch {
+	case err != nil:
+		sc := &scrape{server: s, route: route, agent: agent, timeout: timeout}
+		refusal = sc.refusal(ctx, err)
+	case resp.StatusCode == http.StatusOK:
+		if stop() {
+			return stream, r, nil
+		}
+		refusal = s.timedOut(route, agent, timeout)
+	case resp.Header.Get(protocol.HeaderError) != "":
+		refusal = agentRefusal(resp)
+	default:
+		refusal = protocol.Refusef(http.StatusBadGateway, protocol.CodeBadResponse, "agent %q answered CONNECT with %s", agent.Name, resp.Status)
+	}
+	stop()
+	stream.Close()
+	return nil, nil, refusal
+}
+
+// resettable is a scraper's connection whose Close resets it when the session
+// has died: inside the tunnel a clean end would pass for the end of the response.
+type resettable struct {
+	net.Conn
+	session *protocol.Session
+}
+
+func (c *resettable) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return nil
+}
+
+func (c *resettable) Close() error {
+	if c.session.Err() != nil {
+		protocol.ResetOnClose(c.Conn)
+	}
+	return c.Conn.Close()
+}
+
+// closeTunnels closes CONNECT tunnels as they fall silent for a second, until
+// none is left that match selects, or ctx ends.
+func (s *Server) closeTunnels(ctx context.Context, match func(*tunnel) bool) {
+	for {
+		left := 0
+		s.mu.Lock()
+		for t := range s.tunnels {
+			if !match(t) {
+				continue
+			}
+			left++
+			if t.stream.Idle() >= time.Second || ctx.Err() != nil {
+				t.stream.Close()
+			}
+		}
+		s.mu.Unlock()
+		if left == 0 || ctx.Err() != nil {
+			return
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}

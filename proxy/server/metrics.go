@@ -1,0 +1,124 @@
+package server
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/culvert-io/culvert/protocol"
+)
+
+// metrics are the proxy's own, prefix culvert_proxy_.
+type metrics struct {
+	stats         *protocol.Stats
+	scrapes       *prometheus.CounterVec
+	duration      *prometheus.HistogramVec
+	bytes         prometheus.Counter
+	handshakes    *prometheus.CounterVec
+	registrations *prometheus.CounterVec
+	ended         *prometheus.CounterVec
+	rtt           prometheus.Histogram
+	reloadOK      prometheus.Gauge
+	reloadTime    prometheus.Gauge
+}
+
+func newMetrics(registry *prometheus.Registry, s *Server, stored bool) *metrics {
+	m := &metrics{
+		stats: new(protocol.Stats),
+		scrapes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "culvert_proxy_scrapes_total",
+			Help: "Scrapes by the way they came (proxy: proxy_url, path: /scrape/, connect: https, misdirected: rewritten by a balancer) and by outcome: ok, target-error, cancelled, broken, or the reason of the refusal, as in the Culvert-Error header.",
+		}, []string{"mode", "outcome"}),
+		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:                            "culvert_proxy_scrape_duration_seconds",
+			Help:                            "Time from a scrape's request to the end of its response; for connect, to the open tunnel.",
+			Buckets:                         []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30},
+			NativeHistogramBucketFactor:     1.1,
+			NativeHistogramMaxBucketNumber:  100,
+			NativeHistogramMinResetDuration: time.Hour,
+		}, []string{"mode"}),
+		bytes: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "culvert_proxy_response_bytes_total",
+			Help: "Bytes of response bodies passed to scrapers, those of CONNECT tunnels included.",
+		}),
+		handshakes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "culvert_proxy_handshakes_total",
+			Help: "Requests for a tunnel, by result: ok, or the reason of the refusal. A rise of busy or no-upgrade asks for a look at what is in front of the proxy.",
+		}, []string{"result"}),
+		registrations: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "culvert_proxy_registrations_total",
+			Help: "Registrations, by result: ok, or the reason of the refusal. A rise of taken means that two agents claim one name.",
+		}, []string{"result"}),
+		ended: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "culvert_proxy_sessions_ended_total",
+			Help: "Sessions of registered agents that ended, by reason: lost, silent (no frame for a minute), stuck (took no data for a minute), closed by this proxy.",
+		}, []string{"reason"}),
+		rtt: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:                            "culvert_proxy_session_rtt_seconds",
+			Help:                            "Round trip to an agent through its tunnel, measured when it registers.",
+			Buckets:                         []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
+			NativeHistogramBucketFactor:     1.1,
+			NativeHistogramMaxBucketNumber:  100,
+			NativeHistogramMinResetDuration: time.Hour,
+		}),
+		reloadOK: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "culvert_proxy_config_last_reload_successful",
+			Help: "Whether the last reload of the configuration succeeded.",
+		}),
+		reloadTime: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "culvert_proxy_config_last_reload_success_timestamp_seconds",
+			Help: "When the configuration was last loaded with success.",
+		}),
+	}
+	registry.MustRegister(m.scrapes, m.duration, m.bytes, m.handshakes, m.registrations, m.ended, m.rtt, m.reloadOK, m.reloadTime,
+		agentsCollector{s},
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "culvert_proxy_streams",
+			Help: "Open streams of all sessions, the pooled ones included.",
+		}, func() float64 { return float64(m.stats.Streams.Load()) }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "culvert_proxy_tunnel_read_bytes_total",
+			Help: "Bytes read from the agents' tunnels, framing included, TLS not.",
+		}, func() float64 { return float64(m.stats.BytesRead.Load()) }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "culvert_proxy_tunnel_written_bytes_total",
+			Help: "Bytes written to the agents' tunnels, framing included, TLS not.",
+		}, func() float64 { return float64(m.stats.BytesWritten.Load()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "culvert_proxy_handshakes_pending",
+			Help: "Sessions that have not registered yet.",
+		}, func() float64 { return float64(s.pending.Load()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "culvert_proxy_fleet_stored",
+			Help: "1 where the known agents survive a restart, 0 where storage is off or its file can't be used.",
+		}, func() float64 {
+			if stored {
+				return 1
+			}
+			return 0
+		}))
+	m.reloaded(nil)
+	return m
+}
+
+func (m *metrics) reloaded(err error) {
+	if err != nil {
+		m.reloadOK.Set(0)
+		return
+	}
+	m.reloadOK.Set(1)
+	m.reloadTime.SetToCurrentTime()
+}
+
+var agentsDesc = prometheus.NewDesc("culvert_proxy_agents",
+	"Known agents by state. Lost ones stay known until --agent.forget-after.", []string{"state"}, nil)
+
+type agentsCollector struct{ server *Server }
+
+func (c agentsCollector) Describe(ch chan<- *prometheus.Desc) { ch <- agentsDesc }
+
+func (c agentsCollector) Collect(ch chan<- prometheus.Metric) {
+	connected, lost := c.server.fleet.Counts()
+	ch <- prometheus.MustNewConstMetric(agentsDesc, prometheus.GaugeValue, float64(connected), "connected")
+	ch <- prometheus.MustNewConstMetric(agentsDesc, prometheus.GaugeValue, float64(lost), "lost")
+}

@@ -1,0 +1,314 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/proxy/fleet"
+)
+
+// Outcomes of a scrape beside the codes of refusals.
+const (
+	outcomeOK          = "ok"
+	outcomeTargetError = "target-error" // the target itself answered 400 or above
+	outcomeCancelled   = "cancelled"    // the scraper went away
+	outcomeBroken      = "broken"       // the response broke off half way
+)
+
+// scrape is one scrape on its way through.
+type scrape struct {
+	server *Server
+	mode   string // "proxy", "path", "connect"
+	// target is the request target in absolute form, as the agent gets it.
+	target  string
+	route   fleet.Route
+	timeout time.Duration
+	start   time.Time
+
+	agent   *fleet.Agent // that serves it, once it is known
+	outcome string
+}
+
+// scrapeAbsolute serves GET http://NAME:PORT/PATH.
+func (s *Server) scrapeAbsolute(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Host == "" || (r.URL.Scheme != "http" && r.URL.Scheme != "https") {
+		s.refuse(w, r, protocol.Refusef(http.StatusBadRequest, protocol.CodeBadRequest,
+			"%q is not an http or https URL", r.RequestURI))
+		return
+	}
+	s.forward(w, r, &scrape{mode: "proxy", target: r.RequestURI}, r.URL.Host)
+}
+
+// forward finds the agent that answers for authority and passes the scrape on,
+// without buffering it.
+func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, authority string) {
+	sc.server, sc.start, sc.outcome = s, time.Now(), outcomeOK
+	finished := false
+	defer func() {
+		if !finished && sc.outcome == outcomeOK {
+			sc.outcome = outcomeBroken
+			if r.Context().Err() != nil {
+				sc.outcome = outcomeCancelled
+			}
+			if conn, ok := r.Context().Value(rawConnKey{}).(net.Conn); ok && !r.ProtoAtLeast(1, 1) {
+				// HTTP/1.0 has no end mark but the end of the connection.
+				protocol.ResetOnClose(conn)
+			}
+		}
+		s.metrics.scrapes.WithLabelValues(sc.mode, sc.outcome).Inc()
+		s.metrics.duration.WithLabelValues(sc.mode).Observe(time.Since(sc.start).Seconds())
+		if sc.agent != nil {
+			<-sc.agent.Scrapes
+		}
+	}()
+
+	name, _ := protocol.SplitAuthority(authority)
+	var known bool
+	if sc.route, known = s.fleet.Resolve(name); !known {
+		sc.refuse(w, r, unknownAgent(name))
+		finished = true
+		return
+	}
+	sc.timeout = s.timeout(r.Header)
+	ctx, cancel := context.WithTimeout(r.Context(), sc.timeout)
+	defer cancel()
+	proxy := httputil.ReverseProxy{
+		Transport:  sc,
+		BufferPool: protocol.Buffers,
+		ErrorLog:   slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug),
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			// The opaque URL goes out as it came in, in absolute form.
+			pr.Out.URL = &url.URL{Scheme: "http", Host: "agent", Opaque: sc.target}
+			pr.Out.Host = authority
+			// ReverseProxy would pass an upgrade on.
+			pr.Out.Header.Del("Connection")
+			pr.Out.Header.Del("Upgrade")
+			if sc.mode == "path" {
+				// Both are between the scraper and this proxy.
+				pr.Out.Header.Del("Authorization")
+				pr.Out.Header.Del("Cookie")
+			}
+		},
+		ModifyResponse: sc.check,
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
+			if r.Context().Err() != nil {
+				sc.outcome = outcomeCancelled
+				panic(http.ErrAbortHandler)
+			}
+			sc.refuse(w, r, sc.refusal(ctx, err))
+		},
+	}
+	proxy.ServeHTTP(w, r.WithContext(ctx))
+	finished = true
+}
+
+// RoundTrip passes the request to a connected agent. A session that ends before
+// the response's head came gets one more try, where that can do no harm.
+func (sc *scrape) RoundTrip(req *http.Request) (*http.Response, error) {
+	for try := 1; ; try++ {
+		conn, err := sc.acquire(req.Context())
+		if err != nil {
+			return nil, err
+		}
+		resp, err := conn.Transport.RoundTrip(req)
+		if err == nil {
+			return resp, nil
+		}
+		harmless := (req.Method == http.MethodGet || req.Method == http.MethodHead) && req.Body == nil
+		if try == 2 || !harmless || conn.Err() == nil || req.Context().Err() != nil {
+			return nil, err
+		}
+	}
+}
+
+// acquire returns the session of a connected agent of the route, and takes one of
+// the agent's places. It returns a *protocol.Refusal.
+func (sc *scrape) acquire(ctx context.Context) (*fleet.Conn, error) {
+	if sc.agent != nil { // of the first try
+		<-sc.agent.Scrapes
+		sc.agent = nil
+	}
+	agent, conn, err := sc.server.await(ctx, sc.route)
+	if err != nil {
+		return nil, err
+	}
+	if err := sc.server.takePlace(ctx, agent.Scrapes); err != nil {
+		return nil, protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy,
+			"agent %q has %d scrapes running (--scrape.max-concurrent); are its targets slow, or its scrapers too many?", agent.Name, cap(agent.Scrapes))
+	}
+	sc.agent = agent
+	return conn, nil
+}
+
+// await returns a connected agent of the route; it waits ReconnectWait for one.
+// It returns a *protocol.Refusal.
+func (s *Server) await(ctx context.Context, route fleet.Route) (*fleet.Agent, *fleet.Conn, error) {
+	waitCtx, cancel := context.WithTimeout(ctx, s.config.ReconnectWait)
+	defer cancel()
+	agent, conn, ok := s.fleet.Connected(waitCtx, route)
+	if !ok {
+		return nil, nil, s.offline(route)
+	}
+	return agent, conn, nil
+}
+
+var errNoPlace = errors.New("no place became free")
+
+// takePlace puts a token into places; it waits ReconnectWait for a free one.
+func (s *Server) takePlace(ctx context.Context, places chan struct{}) error {
+	select {
+	case places <- struct{}{}:
+		return nil
+	default:
+	}
+	timer := time.NewTimer(s.config.ReconnectWait)
+	defer timer.Stop()
+	select {
+	case places <- struct{}{}:
+		return nil
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return errNoPlace
+}
+
+func unknownAgent(name string) *protocol.Refusal {
+	return protocol.Refusef(http.StatusNotFound, protocol.CodeUnknownAgent,
+		"no agent ever registered %q; compare the target in Prometheus with --fqdn, --target and --host of the agent, and see /clients", name)
+}
+
+// offline tells since when the route's agents are away.
+func (s *Server) offline(route fleet.Route) *protocol.Refusal {
+	var lost []string
+	for _, a := range route.Agents {
+		info, ok := s.fleet.Agent(a.Name)
+		switch {
+		case !ok:
+		case info.Connected:
+			lost = append(lost, fmt.Sprintf("agent %q has just come back", a.Name))
+		default:
+			lost = append(lost, fmt.Sprintf("agent %q lost %s ago (%s)", a.Name, since(info.Since), info.LostReason))
+		}
+	}
+	if len(lost) == 0 {
+		return unknownAgent(route.Name)
+	}
+	return protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeAgentOffline,
+		"%s; check culvert-client there", strings.Join(lost, ", "))
+}
+
+// since says a time span in the unit that people would choose.
+func since(t time.Time) string {
+	d := time.Since(t)
+	switch {
+	case d < 2*time.Minute:
+		return fmt.Sprintf("%d s", int(d.Seconds()))
+	case d < 2*time.Hour:
+		return fmt.Sprintf("%d min", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%d h", int(d.Hours()))
+	}
+	return fmt.Sprintf("%d days", int(d.Hours()/24))
+}
+
+// check looks at the response's head. What it returns goes to the ErrorHandler.
+func (sc *scrape) check(resp *http.Response) error {
+	if code := resp.Header.Get(protocol.HeaderError); code != "" {
+		return agentRefusal(resp)
+	}
+	bodyless := resp.Request.Method == http.MethodHead || resp.StatusCode == http.StatusNoContent || resp.StatusCode == http.StatusNotModified
+	if resp.ContentLength < 0 && len(resp.TransferEncoding) == 0 && !bodyless {
+		// The end of the session would read as the end of this body.
+		return protocol.Refusef(http.StatusBadGateway, protocol.CodeBadResponse,
+			"agent %q sent a response without a length and not chunked; is it a culvert-client?", sc.agent.Name)
+	}
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		return protocol.Refusef(http.StatusBadGateway, protocol.CodeBadResponse, "agent %q switched protocols without being asked", sc.agent.Name)
+	}
+	if resp.StatusCode >= 400 {
+		sc.outcome = outcomeTargetError
+	}
+	if sc.mode == "path" {
+		sandbox(resp.Header)
+	}
+	resp.Body = &countedBody{resp.Body, sc.server.metrics}
+	return nil
+}
+
+// agentRefusal reads a refusal that the agent sent.
+func agentRefusal(resp *http.Response) *protocol.Refusal {
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, 2048))
+	message, _, _ := strings.Cut(string(body), "\n")
+	return &protocol.Refusal{Status: resp.StatusCode, Code: protocol.Code(resp.Header.Get(protocol.HeaderError)), Message: message}
+}
+
+// refusal translates an error of the way to the agent.
+func (sc *scrape) refusal(ctx context.Context, err error) *protocol.Refusal {
+	if refusal, ok := protocol.AsRefusal(err); ok {
+		return refusal
+	}
+	name := sc.route.Name
+	if ctx.Err() != nil {
+		return sc.server.timedOut(sc.route, sc.agent, sc.timeout)
+	}
+	if errors.Is(err, protocol.ErrTooManyStreams) {
+		return protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy, "the agent for %q: %v", name, err)
+	}
+	return protocol.Refusef(http.StatusBadGateway, protocol.CodeSessionLost,
+		"the session to the agent for %q broke before it answered: %v", name, err)
+}
+
+// timedOut is the refusal for a scrape whose time is over. It tells a slow target
+// from an agent that is silent altogether.
+func (s *Server) timedOut(route fleet.Route, agent *fleet.Agent, timeout time.Duration) *protocol.Refusal {
+	what := fmt.Sprintf("%q", route.Name)
+	if agent != nil && agent.Name != route.Name {
+		what += fmt.Sprintf(" (through agent %q)", agent.Name)
+	}
+	return protocol.Refusef(http.StatusGatewayTimeout, protocol.CodeTimeout,
+		"%s did not answer within %s; raise scrape_timeout if the target is slow, or look at the target", what, timeout.Round(time.Millisecond))
+}
+
+func (sc *scrape) refuse(w http.ResponseWriter, r *http.Request, refusal *protocol.Refusal) {
+	sc.outcome = string(refusal.Code)
+	sc.server.refuse(w, r, refusal)
+}
+
+// timeout returns how long a scrape may take: what the scraper allows, less the
+// offset, within the limits. A value that is no positive number counts as absent.
+func (s *Server) timeout(h http.Header) time.Duration {
+	seconds, err := strconv.ParseFloat(strings.TrimSpace(h.Get(timeoutHeader)), 64)
+	if err != nil && !errors.Is(err, strconv.ErrRange) || !(seconds > 0) {
+		return s.config.DefaultTimeout
+	}
+	timeout := s.config.MaxTimeout
+	if seconds < timeout.Seconds() && !math.IsInf(seconds, 1) {
+		timeout = time.Duration(seconds * float64(time.Second))
+	}
+	// A very short timeout keeps half of itself.
+	return max(timeout-s.config.TimeoutOffset, timeout/2)
+}
+
+// countedBody counts the bytes of response bodies.
+type countedBody struct {
+	io.ReadCloser
+	metrics *metrics
+}
+
+func (b *countedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.metrics.bytes.Add(float64(n))
+	return n, err
+}

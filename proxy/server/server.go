@@ -1,0 +1,351 @@
+// Package server is the front door of culvert-proxy: scrapes come in here and
+// leave through the agents' sessions; agents, discovery and people come in here
+// too.
+package server
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/proxy/fleet"
+)
+
+// Config says how a proxy behaves. Zero values mean the defaults.
+type Config struct {
+	// ListenAddresses are for scrapers, people, and agents where AgentListenAddresses
+	// is empty. ":8080" by default.
+	ListenAddresses []string
+	// WebConfigFile is exporter-toolkit's web configuration: TLS, headers.
+	WebConfigFile string
+	// AgentListenAddresses take /tunnel alone, which then leaves ListenAddresses.
+	AgentListenAddresses []string
+	// AgentWebConfigFile is the web configuration of AgentListenAddresses.
+	AgentWebConfigFile string
+	// ExternalURL is how people and scrapers reach the proxy: for discovery's path
+	// mode, and to tell the proxy's own name from an agent's.
+	ExternalURL *url.URL
+	// StoragePath is the directory for state; "" keeps it in memory only.
+	StoragePath string
+	// ConfigFile is the YAML file of what can be reloaded; "" for none.
+	ConfigFile string
+
+	// DefaultTimeout is the timeout of a scrape that names none: 15 s by default.
+	DefaultTimeout time.Duration
+	// MaxTimeout caps what a scrape may name: 5 min by default.
+	MaxTimeout time.Duration
+	// TimeoutOffset is taken off the scraper's timeout, so that the answer still
+	// arrives: 250 ms by default.
+	TimeoutOffset time.Duration
+	// ReconnectWait is how long a scrape waits for an agent that is not connected,
+	// or busy: 2 s by default, negative for none.
+	ReconnectWait time.Duration
+	// ConnectIdleTimeout ends a CONNECT tunnel that nothing goes through: 6 min by
+	// default, longer than common scrape intervals.
+	ConnectIdleTimeout time.Duration
+	// MaxHandshakes bounds the sessions that have not registered yet: 256 by default.
+	MaxHandshakes int
+	// ShutdownTimeout bounds how long running scrapes may take after Run's context
+	// has ended: 20 s by default.
+	ShutdownTimeout time.Duration
+
+	// Fleet tunes what is known of agents; its Path is set from StoragePath.
+	Fleet fleet.Config
+	// Session tunes the sessions; for tests and experiments.
+	Session protocol.SessionConfig
+	// Registry gets the proxy's metrics and is served at /metrics. A new one by default.
+	Registry *prometheus.Registry
+	// Logger is slog.Default by default.
+	Logger *slog.Logger
+}
+
+// Server is a proxy. New, then Listen, then Run.
+type Server struct {
+	config   Config
+	id       string
+	logger   *slog.Logger
+	fleet    *fleet.Fleet
+	metrics  *metrics
+	settings atomic.Pointer[Settings]
+
+	main, agents []*listener
+	mux          *http.ServeMux
+	agentAPI     *http.Server // serves the streams that agents open
+
+	draining atomic.Bool
+	pending  atomic.Int64   // sessions that have not registered
+	sessions sync.WaitGroup // goroutines of sessions and tunnels
+
+	mu      sync.Mutex // protects tunnels
+	tunnels map[*tunnel]struct{}
+}
+
+// New checks the configuration and reads the stored state.
+func New(config Config) (*Server, error) {
+	setDefault(&config.DefaultTimeout, 15*time.Second)
+	setDefault(&config.MaxTimeout, 5*time.Minute)
+	setDefault(&config.TimeoutOffset, 250*time.Millisecond)
+	setDefault(&config.ReconnectWait, 2*time.Second)
+	setDefault(&config.ConnectIdleTimeout, 6*time.Minute)
+	setDefault(&config.MaxHandshakes, 256)
+	setDefault(&config.ShutdownTimeout, 20*time.Second)
+	if len(config.ListenAddresses) == 0 {
+		config.ListenAddresses = []string{":8080"}
+	}
+	if config.Logger == nil {
+		config.Logger = slog.Default()
+	}
+	if config.Registry == nil {
+		config.Registry = prometheus.NewRegistry()
+	}
+	id := make([]byte, 16)
+	rand.Read(id)
+	s := &Server{config: config, id: hex.EncodeToString(id), logger: config.Logger, tunnels: map[*tunnel]struct{}{}}
+	if err := s.loadSettings(); err != nil {
+		return nil, err
+	}
+	config.Fleet.Logger = s.logger
+	if config.StoragePath != "" {
+		config.Fleet.Path = filepath.Join(config.StoragePath, "fleet.db")
+	}
+	var err error
+	s.fleet, err = fleet.Open(config.Fleet)
+	stored := config.Fleet.Path != ""
+	switch {
+	case errors.Is(err, fleet.ErrInUse):
+		return nil, err
+	case err != nil:
+		// Scrapes matter more than a list that survives a restart.
+		s.logger.Error("The list of known agents can't be used; going on without it, so lost agents are unknown after a restart", "err", err)
+		config.Fleet.Path, stored = "", false
+		if s.fleet, err = fleet.Open(config.Fleet); err != nil {
+			return nil, err
+		}
+	}
+	s.metrics = newMetrics(config.Registry, s, stored)
+	s.config.Session.Stats = s.metrics.stats
+	s.config.Session.Logger = s.logger
+	s.routes()
+	s.agentAPI = &http.Server{
+		Handler:           http.HandlerFunc(s.serveAgent),
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       time.Minute,
+		ErrorLog:          slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug),
+		BaseContext: func(l net.Listener) context.Context {
+			return context.WithValue(context.Background(), connKey{}, l.(*sessionListener).conn)
+		},
+	}
+	return s, nil
+}
+
+func setDefault[T comparable](v *T, value T) {
+	var zero T
+	if *v == zero {
+		*v = value
+	}
+}
+
+// Listen binds all addresses. It returns an error that names the address.
+func (s *Server) Listen() error {
+	agentHandler := http.Handler(nil)
+	var err error
+	if len(s.config.AgentListenAddresses) > 0 {
+		agentHandler = http.HandlerFunc(s.serveAgentListener)
+	}
+	if s.main, err = s.listen(s.config.ListenAddresses, s.config.WebConfigFile, http.HandlerFunc(s.serveMain)); err != nil {
+		return err
+	}
+	s.agents, err = s.listen(s.config.AgentListenAddresses, s.config.AgentWebConfigFile, agentHandler)
+	return err
+}
+
+// Addr returns the first address that scrapers can use, after Listen.
+func (s *Server) Addr() string { return s.main[0].Addr().String() }
+
+// AgentAddr returns the first address that agents can use, after Listen.
+func (s *Server) AgentAddr() string {
+	if len(s.agents) > 0 {
+		return s.agents[0].Addr().String()
+	}
+	return s.Addr()
+}
+
+// Run serves until ctx ends. Then agents are told to go, running scrapes finish
+// for at most Config.ShutdownTimeout, and it returns nil. It returns an error
+// when a listener fails.
+func (s *Server) Run(ctx context.Context) error {
+	fleetCtx, stopFleet := context.WithCancel(context.Background())
+	var fleetDone sync.WaitGroup
+	fleetDone.Go(func() { s.fleet.Run(fleetCtx) })
+	group, groupCtx := errgroup.WithContext(ctx)
+	for _, l := range append(s.main[:len(s.main):len(s.main)], s.agents...) {
+		group.Go(func() error {
+			s.logger.Info("Listening", "address", l.Addr(), "tls", l.tls, "for", l.purpose)
+			if err := l.server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				return fmt.Errorf("serve %s: %w", l.Addr(), err)
+			}
+			return nil
+		})
+	}
+	group.Go(func() error {
+		<-groupCtx.Done()
+		s.shutdown()
+		return nil
+	})
+	err := group.Wait()
+	stopFleet()
+	fleetDone.Wait()
+	return err
+}
+
+// shutdown tells the agents to go, waits for what runs, and closes the rest.
+func (s *Server) shutdown() {
+	s.draining.Store(true)
+	ctx, cancel := context.WithTimeout(context.Background(), s.config.ShutdownTimeout)
+	defer cancel()
+	conns := s.fleet.Conns()
+	s.logger.Info("Stopping", "agents", len(conns), "timeout", s.config.ShutdownTimeout)
+	drain := protocol.Drain{Reason: "shutdown", ReconnectAfterSeconds: spreadReconnects(len(conns)).Seconds()}
+	var told errgroup.Group
+	told.SetLimit(64)
+	tellCtx, cancelTell := context.WithTimeout(ctx, 3*time.Second)
+	defer cancelTell()
+	for _, conn := range conns {
+		told.Go(func() error {
+			if err := conn.SendDrain(tellCtx, drain); err != nil {
+				s.logger.Debug("The agent did not take the drain", "agent", conn.Agent, "err", err)
+			}
+			return nil
+		})
+	}
+	var stopped sync.WaitGroup
+	for _, l := range append(s.main[:len(s.main):len(s.main)], s.agents...) {
+		stopped.Go(func() {
+			if err := l.server.Shutdown(ctx); err != nil {
+				s.logger.Warn("Requests were cut off", "address", l.Addr(), "err", err)
+				l.server.Close()
+			}
+		})
+	}
+	told.Wait()
+	stopped.Wait()
+	s.closeTunnels(ctx, func(*tunnel) bool { return true })
+	for _, conn := range s.fleet.Conns() {
+		conn.Transport.CloseIdleConnections()
+		conn.Close()
+	}
+	s.agentAPI.Close()
+	s.sessions.Wait()
+}
+
+// spreadReconnects returns over which time n agents should come back.
+func spreadReconnects(n int) time.Duration {
+	return min(max(time.Duration(n)*2*time.Millisecond, time.Second), time.Minute)
+}
+
+// serveMain is the front door: the first byte of the request target tells
+// scrapes from the proxy's own routes, before any mux sees the request.
+func (s *Server) serveMain(w http.ResponseWriter, r *http.Request) {
+	switch {
+	case r.Method == http.MethodConnect:
+		s.connect(w, r)
+	case !protocol.IsControl(r):
+		s.scrapeAbsolute(w, r)
+	default:
+		s.serveOwn(w, r)
+	}
+}
+
+// serveAgentListener takes agents and nobody else.
+func (s *Server) serveAgentListener(w http.ResponseWriter, r *http.Request) {
+	switch {
+	case r.Method == http.MethodConnect || !protocol.IsControl(r):
+		s.refuse(w, r, protocol.Refusef(http.StatusMethodNotAllowed, protocol.CodeMethod,
+			"this address is for agents; scrape through the one of --web.listen-address"))
+	case r.URL.Path == protocol.PathTunnel:
+		s.serveTunnel(w, r)
+	default:
+		s.refuse(w, r, protocol.Refusef(http.StatusNotFound, protocol.CodeNotFound,
+			"this address is for agents, and has %s alone", protocol.PathTunnel))
+	}
+}
+
+// serveOwn serves the proxy's own routes.
+func (s *Server) serveOwn(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path == protocol.PathTunnel {
+		if len(s.agents) > 0 {
+			s.refuse(w, r, protocol.Refusef(http.StatusNotFound, protocol.CodeNotFound,
+				"agents connect to the address of --agent.listen-address, not to this one"))
+			return
+		}
+		s.serveTunnel(w, r)
+		return
+	}
+	if refusal := s.misdirected(r); refusal != nil {
+		s.metrics.scrapes.WithLabelValues("misdirected", string(refusal.Code)).Inc()
+		s.refuse(w, r, refusal)
+		return
+	}
+	if rest, ok := cutScrapePath(r); ok {
+		s.scrapePath(w, r, rest)
+		return
+	}
+	s.mux.ServeHTTP(w, r)
+}
+
+// timeoutHeader is sent by Prometheus with each scrape, in seconds.
+const timeoutHeader = "X-Prometheus-Scrape-Timeout-Seconds"
+
+// misdirected refuses a scrape that something on the way rewrote from absolute
+// to origin form: served, it would pass the proxy's own metrics off as the
+// target's.
+func (s *Server) misdirected(r *http.Request) *protocol.Refusal {
+	scrape := r.Header.Get(timeoutHeader) != ""
+	for _, authority := range []string{r.Host, r.Header.Get("X-Forwarded-Host")} {
+		if authority == "" {
+			continue
+		}
+		name, port := protocol.SplitAuthority(authority)
+		if s.config.ExternalURL != nil && name == protocol.NormalizeName(s.config.ExternalURL.Hostname()) {
+			continue
+		}
+		route, known := s.fleet.Resolve(name)
+		if !known {
+			continue
+		}
+		// The agent on the proxy's own machine may have the proxy's name, and a
+		// wildcard may cover it.
+		if port == localPort(r) && (!scrape || !route.Exact) {
+			continue
+		}
+		return protocol.Refusef(http.StatusMisdirectedRequest, protocol.CodeMisdirected,
+			"the request for %q came in origin form: a balancer that speaks HTTP rewrote the scrape. Use proxy_url with the proxy's own address or a TCP balancer, or discovery with ?mode=path; if %q is this proxy itself, set --web.external-url", authority, name)
+	}
+	if scrape && !r.ProtoAtLeast(1, 1) && r.URL.Path == "/metrics" {
+		return protocol.Refusef(http.StatusMisdirectedRequest, protocol.CodeMisdirected,
+			"the scrape came as HTTP/1.0 in origin form: a balancer that speaks HTTP may have rewritten a scrape of another host. Use proxy_url with the proxy's own address or a TCP balancer; to scrape the proxy itself through nginx, set proxy_http_version 1.1")
+	}
+	return nil
+}
+
+func localPort(r *http.Request) string {
+	addr, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	if tcp, ok := addr.(*net.TCPAddr); ok {
+		return fmt.Sprint(tcp.Port)
+	}
+	return "80"
+}

@@ -1,0 +1,232 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/proxy/fleet"
+)
+
+const (
+	// registerTimeout is how long a session may live without a registration.
+	registerTimeout = 20 * time.Second
+	// busyRetry and drainRetry are the Retry-After of 429 and 503.
+	busyRetry, drainRetry = 2 * time.Second, 5 * time.Second
+)
+
+// serveTunnel answers GET /tunnel, and serves the session.
+func (s *Server) serveTunnel(w http.ResponseWriter, r *http.Request) {
+	transport, refusal := protocol.CheckUpgrade(r)
+	if refusal == nil {
+		refusal = s.admit(r)
+	}
+	if refusal != nil {
+		s.metrics.handshakes.WithLabelValues(string(refusal.Code)).Inc()
+		s.refuse(w, r, refusal)
+		return
+	}
+	if s.pending.Add(1) > int64(s.config.MaxHandshakes) {
+		s.pending.Add(-1)
+		s.metrics.handshakes.WithLabelValues(string(protocol.CodeBusy)).Inc()
+		busy := protocol.Refusef(http.StatusTooManyRequests, protocol.CodeBusy, "%d agents are in their handshakes; come back later", s.config.MaxHandshakes)
+		busy.RetryAfter = busyRetry
+		s.refuse(w, r, busy)
+		return
+	}
+	session, err := protocol.Accept(w, r, transport, s.id, s.config.Session)
+	if err != nil {
+		s.pending.Add(-1)
+		s.metrics.handshakes.WithLabelValues("failed").Inc()
+		s.logger.Debug("Handshake failed", "from", r.RemoteAddr, "err", err)
+		return
+	}
+	s.metrics.handshakes.WithLabelValues(outcomeOK).Inc()
+	l := &sessionListener{Listener: session.Listener(), conn: &agentConn{Conn: fleet.NewConn(session)}}
+	l.conn.expire = time.AfterFunc(registerTimeout, func() {
+		s.logger.Debug("No registration came", "agent", session.Agent, "from", session.RemoteAddr)
+		session.Close()
+	})
+	s.sessions.Go(func() { s.serveSession(l) })
+}
+
+// admit checks what the handshake says of the agent.
+func (s *Server) admit(r *http.Request) *protocol.Refusal {
+	if s.draining.Load() {
+		refusal := protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeDraining, "this proxy is going away")
+		refusal.RetryAfter = drainRetry
+		return refusal
+	}
+	name := protocol.NormalizeName(r.Header.Get(protocol.HeaderAgent))
+	if err := protocol.CheckName(name); err != nil {
+		return protocol.Refusef(http.StatusBadRequest, protocol.CodeInvalid, "%s: %v", protocol.HeaderAgent, err)
+	}
+	instance := r.Header.Get(protocol.HeaderInstance)
+	if instance == "" || len(instance) > 64 || strings.Trim(instance, "0123456789abcdefABCDEF-") != "" {
+		return protocol.Refusef(http.StatusBadRequest, protocol.CodeInvalid, "%s: use 1 to 64 hexadecimal digits", protocol.HeaderInstance)
+	}
+	return nil
+}
+
+// agentConn is a session while it is served.
+type agentConn struct {
+	*fleet.Conn
+	expire     *time.Timer // ends the session that doesn't register
+	registered bool        // used by one request at a time: see serveAgent
+	turn       chan struct{}
+}
+
+type connKey struct{}
+
+// sessionListener carries the session to the handler.
+type sessionListener struct {
+	net.Listener
+	conn *agentConn
+}
+
+// serveSession serves the streams that the agent opens, until the session ends.
+func (s *Server) serveSession(l *sessionListener) {
+	conn := l.conn
+	conn.turn = make(chan struct{}, 1)
+	s.agentAPI.Serve(l)
+	conn.expire.Stop()
+	registered := conn.isRegistered()
+	if !registered {
+		s.pending.Add(-1)
+	}
+	reason := conn.Err()
+	if reason == nil { // Serve ended because the proxy stops
+		reason = protocol.ErrClosed
+	}
+	if s.fleet.Lost(conn.Conn, reason.Error()) {
+		s.logger.Info("Agent lost", "agent", conn.Agent, "from", conn.RemoteAddr, "reason", reason)
+	}
+	if registered {
+		s.metrics.ended.WithLabelValues(protocol.EndReason(reason)).Inc()
+	}
+	conn.Transport.CloseIdleConnections()
+	conn.Close()
+}
+
+func (c *agentConn) isRegistered() bool {
+	c.turn <- struct{}{}
+	defer func() { <-c.turn }()
+	return c.registered
+}
+
+// serveAgent answers the requests of an agent. All of them are control.
+func (s *Server) serveAgent(w http.ResponseWriter, r *http.Request) {
+	conn := r.Context().Value(connKey{}).(*agentConn)
+	route := r.Method + " " + r.URL.Path
+	if !protocol.IsControl(r) {
+		route = ""
+	}
+	switch route {
+	case "PUT " + protocol.PathRegistration:
+		s.register(w, r, conn)
+	case "DELETE " + protocol.PathRegistration:
+		s.leave(w, r, conn)
+	case "POST " + protocol.PathDrain:
+		var d protocol.Drain
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<16)).Decode(&d); err != nil {
+			protocol.Refusef(http.StatusBadRequest, protocol.CodeInvalid, "drain: %v", err).Write(w)
+			return
+		}
+		if s.fleet.Lost(conn.Conn, "it said: "+clip(d.Reason, 100)) {
+			s.logger.Info("Agent leaves", "agent", conn.Agent, "from", conn.RemoteAddr, "reason", clip(d.Reason, 100))
+		}
+		w.WriteHeader(http.StatusNoContent)
+		s.sessions.Go(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), s.config.ShutdownTimeout)
+			defer cancel()
+			s.closeTunnels(ctx, func(t *tunnel) bool { return t.conn == conn.Conn })
+		})
+	default:
+		protocol.Refusef(http.StatusNotFound, protocol.CodeNotFound, "%s %s: this proxy knows no such control request", r.Method, r.RequestURI).Write(w)
+	}
+}
+
+func clip(s string, n int) string {
+	if len(s) > n {
+		s = s[:n] + "…"
+	}
+	return s
+}
+
+// register takes a registration, one at a time for each session.
+func (s *Server) register(w http.ResponseWriter, r *http.Request, conn *agentConn) {
+	conn.turn <- struct{}{}
+	defer func() { <-conn.turn }()
+	reg, err := decodeRegistration(w, r)
+	check := r.URL.RawQuery == protocol.QueryCheck
+	switch {
+	case err != nil:
+	case check:
+		err = s.fleet.Check(r.Context(), conn.Conn, reg)
+	default:
+		err = s.fleet.Register(r.Context(), conn.Conn, reg)
+	}
+	if err != nil {
+		refusal, ok := protocol.AsRefusal(err)
+		if !ok {
+			refusal = protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeUnavailable, "registration of %q: %v", conn.Agent, err)
+		}
+		s.metrics.registrations.WithLabelValues(string(refusal.Code)).Inc()
+		s.logger.Debug("Registration refused", "agent", conn.Agent, "from", conn.RemoteAddr, "reason", refusal)
+		refusal.Write(w)
+		return
+	}
+	if !check {
+		s.metrics.registrations.WithLabelValues(outcomeOK).Inc()
+	}
+	if !check && !conn.registered {
+		conn.registered = true
+		conn.expire.Stop()
+		s.pending.Add(-1)
+		s.logger.Info("Agent connected", "agent", conn.Agent, "from", conn.RemoteAddr, "version", clip(reg.Version, 40), "transport", conn.Session.Transport)
+		s.sessions.Go(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+			defer cancel()
+			if rtt, err := conn.Ping(ctx); err == nil {
+				s.metrics.rtt.Observe(rtt.Seconds())
+			}
+		})
+	}
+	w.Header().Set("Content-Type", "application/json")
+	fmt.Fprintln(w, "{}")
+}
+
+func decodeRegistration(w http.ResponseWriter, r *http.Request) (reg protocol.Registration, err error) {
+	err = json.NewDecoder(http.MaxBytesReader(w, r.Body, protocol.MaxRegistrationBytes)).Decode(&reg)
+	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
+		return reg, protocol.Refusef(http.StatusRequestEntityTooLarge, protocol.CodeTooLarge, "the registration is larger than %d bytes", protocol.MaxRegistrationBytes)
+	}
+	if err != nil {
+		return reg, protocol.Refusef(http.StatusBadRequest, protocol.CodeInvalid, "registration: %v", err)
+	}
+	for i := range reg.Hosts {
+		reg.Hosts[i] = protocol.NormalizeName(reg.Hosts[i])
+	}
+	return reg, nil
+}
+
+// leave forgets the agent on its own wish.
+func (s *Server) leave(w http.ResponseWriter, r *http.Request, conn *agentConn) {
+	switch err := s.fleet.Leave(r.Context(), conn.Conn); {
+	case errors.Is(err, fleet.ErrUnknown):
+		protocol.Refusef(http.StatusNotFound, protocol.CodeUnregistered, "no agent %q is known here", conn.Agent).Write(w)
+	case errors.Is(err, fleet.ErrConnected):
+		protocol.Refusef(http.StatusConflict, protocol.CodeTaken, "agent %q is connected, and would come back at once; stop it first", conn.Agent).Write(w)
+	case err != nil:
+		protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeUnavailable, "leave: %v", err).Write(w)
+	default:
+		s.logger.Info("Agent left for good", "agent", conn.Agent, "from", conn.RemoteAddr)
+		w.WriteHeader(http.StatusNoContent)
+	}
+}

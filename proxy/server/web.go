@@ -1,0 +1,143 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/exporter-toolkit/web"
+	"go.yaml.in/yaml/v2"
+	"golang.org/x/time/rate"
+)
+
+// listener is one bound address with its server.
+type listener struct {
+	net.Listener
+	server  *http.Server
+	tls     bool
+	purpose string
+}
+
+type rawConnKey struct{}
+
+// listen binds addresses, with the TLS and the headers of a web configuration.
+//
+// The file is exporter-toolkit's, checked by its code. Its own Serve is not used:
+// it reads the file anew for every request, offers HTTP/2 if asked to, and its
+// basic_auth_users would claim the Authorization that belongs to the target.
+func (s *Server) listen(addresses []string, webConfig string, handler http.Handler) ([]*listener, error) {
+	config, err := loadWebConfig(webConfig)
+	if err != nil {
+		return nil, err
+	}
+	if len(config.HTTPConfig.Header) > 0 || config.RateLimiterConfig.Interval != 0 {
+		handler = decorate(handler, config)
+	}
+	purpose := "scrapers, discovery and agents"
+	switch {
+	case webConfig == s.config.AgentWebConfigFile && len(s.main) > 0:
+		purpose = "agents"
+	case len(s.config.AgentListenAddresses) > 0:
+		purpose = "scrapers and discovery"
+	}
+	var listeners []*listener
+	for _, address := range addresses {
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			for _, l := range listeners {
+				l.Close()
+			}
+			return nil, fmt.Errorf("listen on %q: %w", address, err)
+		}
+		out := &listener{Listener: l, purpose: purpose}
+		if config.TLSConfig.IsEnabled() {
+			out.tls = true
+			out.Listener = tls.NewListener(l, reloadingTLS(webConfig))
+		}
+		out.server = &http.Server{
+			Handler:           handler,
+			ReadHeaderTimeout: 10 * time.Second,
+			IdleTimeout:       10 * time.Minute,
+			MaxHeaderBytes:    64 << 10,
+			ErrorLog:          slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug),
+			ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+				return context.WithValue(ctx, rawConnKey{}, c)
+			},
+		}
+		listeners = append(listeners, out)
+	}
+	return listeners, nil
+}
+
+// loadWebConfig reads and checks a web configuration; "" is an empty one.
+func loadWebConfig(path string) (*web.Config, error) {
+	config := new(web.Config)
+	if path == "" {
+		return config, nil
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("web configuration: %w", err)
+	}
+	if err := yaml.UnmarshalStrict(text, config); err != nil {
+		return nil, fmt.Errorf("web configuration %s: %w", path, err)
+	}
+	if len(config.Users) > 0 {
+		return nil, fmt.Errorf("web configuration %s: basic_auth_users is not supported: it would claim the Authorization header that belongs to the targets", path)
+	}
+	if err := web.Validate(path); err != nil {
+		return nil, fmt.Errorf("web configuration %s: %w", path, err)
+	}
+	config.TLSConfig.SetDirectory(filepath.Dir(path))
+	return config, nil
+}
+
+// reloadingTLS reads the file and its certificates anew for each connection, as
+// exporter-toolkit does, so that a renewed certificate needs no restart. It
+// offers HTTP/1.1 alone, whatever http2: says: with HTTP/2 Prometheus's scrapes
+// through an https proxy_url fail, and there is no upgrade and no CONNECT.
+func reloadingTLS(path string) *tls.Config {
+	return &tls.Config{
+		NextProtos: []string{"http/1.1"},
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+			config, err := loadWebConfig(path)
+			if err != nil {
+				return nil, err
+			}
+			tlsConfig, err := web.ConfigToTLSConfig(&config.TLSConfig)
+			if err != nil {
+				return nil, err
+			}
+			if tlsConfig == nil {
+				return nil, errors.New("the web configuration has no TLS any more")
+			}
+			tlsConfig.NextProtos = []string{"http/1.1"}
+			return tlsConfig, nil
+		},
+	}
+}
+
+// decorate adds the response headers and the rate limit of a web configuration.
+func decorate(next http.Handler, config *web.Config) http.Handler {
+	limiter := rate.NewLimiter(rate.Inf, 0)
+	if interval := config.RateLimiterConfig.Interval; interval != 0 {
+		limiter = rate.NewLimiter(rate.Every(interval), config.RateLimiterConfig.Burst)
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !limiter.Allow() {
+			http.Error(w, "the rate limit of the web configuration is reached", http.StatusTooManyRequests)
+			return
+		}
+		for name, value := range config.HTTPConfig.Header {
+			w.Header().Set(name, value)
+		}
+		next.ServeHTTP(w, r)
+	})
+}
