@@ -57,7 +57,7 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 	sc.server, sc.start, sc.outcome = s, time.Now(), outcomeOK
 	finished := false
 	defer func() {
-		if !finished && sc.outcome == outcomeOK {
+		if !finished && (sc.outcome == outcomeOK || sc.outcome == outcomeTargetError) {
 			sc.outcome = outcomeBroken
 			if r.Context().Err() != nil {
 				sc.outcome = outcomeCancelled

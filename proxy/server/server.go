@@ -321,7 +321,7 @@ func (s *Server) misdirected(r *http.Request) *protocol.Refusal {
 		}
 		name, port := protocol.SplitAuthority(authority)
 		if s.config.ExternalURL != nil && name == protocol.NormalizeName(s.config.ExternalURL.Hostname()) {
-			continue
+			return nil
 		}
 		route, known := s.fleet.Resolve(name)
 		if !known {
@@ -335,9 +335,12 @@ func (s *Server) misdirected(r *http.Request) *protocol.Refusal {
 		return protocol.Refusef(http.StatusMisdirectedRequest, protocol.CodeMisdirected,
 			"the request for %q came in origin form: a balancer that speaks HTTP rewrote the scrape. Use proxy_url with the proxy's own address or a TCP balancer, or discovery with ?mode=path; if %q is this proxy itself, set --web.external-url", authority, name)
 	}
-	if scrape && !r.ProtoAtLeast(1, 1) && r.URL.Path == "/metrics" {
+	// nginx puts its own idea of the host into the request, unless it is told
+	// otherwise; but it speaks HTTP/1.0 then, or sets Connection. Prometheus does
+	// neither.
+	if scrape && r.URL.Path == "/metrics" && (!r.ProtoAtLeast(1, 1) || r.Header.Get("Connection") != "") {
 		return protocol.Refusef(http.StatusMisdirectedRequest, protocol.CodeMisdirected,
-			"the scrape came as HTTP/1.0 in origin form: a balancer that speaks HTTP may have rewritten a scrape of another host. Use proxy_url with the proxy's own address or a TCP balancer; to scrape the proxy itself through nginx, set proxy_http_version 1.1")
+			"the scrape came in origin form from a balancer that speaks HTTP, which may have rewritten the scrape of another host. Use proxy_url with the proxy's own address or a TCP balancer, or discovery with ?mode=path; to scrape the proxy itself through the balancer, have it pass the Host header on and set --web.external-url")
 	}
 	return nil
 }
