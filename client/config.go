@@ -50,7 +50,18 @@ type settings struct {
 
 // parseFlags returns the command line and the command: "agent", "doctor" or "leave".
 func parseFlags(args []string) (*flags, string, error) {
-	f := &flags{labels: map[string]string{}, log: &promslog.Config{Level: promslog.NewLevel(), Format: promslog.NewFormat()}}
+	f := new(flags)
+	command, err := f.app().Parse(args)
+	if err != nil {
+		return nil, "", fmt.Errorf("%w; see --help", err)
+	}
+	return f, command, nil
+}
+
+// app returns the command line's grammar; parsing it fills f.
+func (f *flags) app() *kingpin.Application {
+	f.labels = map[string]string{}
+	f.log = &promslog.Config{Level: promslog.NewLevel(), Format: promslog.NewFormat()}
 	app := kingpin.New("culvert-client", "Dials out of a firewalled host, and serves Prometheus's scrapes that come through culvert-proxy.")
 	app.HelpFlag.Short('h')
 	app.Version(version.Print("culvert-client"))
@@ -93,11 +104,7 @@ func parseFlags(args []string) (*flags, string, error) {
 	doctor := app.Command("doctor", "Check the way from here to the proxies and to a target, step by step, and say what to do.")
 	doctor.Arg("target", "Named target, PORT or HOST:PORT. All named targets by default.").StringVar(&f.doctorTarget)
 	app.Command("leave", "Have the proxies forget this agent now. Stop the agent first.")
-	command, err := app.Parse(args)
-	if err != nil {
-		return nil, "", fmt.Errorf("%w; see --help", err)
-	}
-	return f, command, nil
+	return app
 }
 
 // file is the configuration file.

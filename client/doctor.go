@@ -198,7 +198,7 @@ func (r *report) checkSession(ctx context.Context, a *agent.Agent, proxy *agent.
 	refusal, refused := protocol.AsRefusal(err)
 	switch {
 	case refused && refusal.Code == protocol.CodeTaken:
-		r.ok("registration", "%s (that is fine if it is this host's own agent)", refusal.Message)
+		r.ok("registration", "%s (that is as it should be if it is this host's own agent)", refusal.Message)
 	case refused && (refusal.Status == http.StatusForbidden || refusal.Status == http.StatusUnauthorized):
 		r.fail("registration", err, "the credentials don't cover this name, a host or a label")
 	case err != nil:

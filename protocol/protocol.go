@@ -74,7 +74,8 @@ const (
 	CodeInvalid      Code = "invalid"       // 400: a field of the request is malformed
 	CodeUnauthorized Code = "unauthorized"  // 401: no or wrong credentials
 	CodeForbidden    Code = "forbidden"     // 403: not for this name, host or label
-	CodeTaken        Code = "taken"         // 409: a live agent, or another agent's target or host, has the name
+	CodeTaken        Code = "taken"         // 409: a live agent with another instance has the name
+	CodeCollision    Code = "collision"     // 409: a name is another agent's, its target's or its host's
 	CodeVersion      Code = "version"       // 426: the Upgrade header names another version
 	CodeBusy         Code = "busy"          // 429: too many handshakes at once
 	CodeDraining     Code = "draining"      // 503: the proxy is going away

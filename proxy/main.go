@@ -64,9 +64,16 @@ func run(ctx context.Context, config server.Config, logger *slog.Logger) error {
 	return s.Run(ctx)
 }
 
-// parseFlags turns the command line into a configuration.
-func parseFlags(args []string) (server.Config, *slog.Logger, error) {
-	var c server.Config
+// flags is the command line.
+type flags struct {
+	server.Config
+	externalURL         string
+	registrationTimeout time.Duration
+	log                 promslog.Config
+}
+
+// app returns the command line's grammar; parsing it fills c.
+func (c *flags) app() *kingpin.Application {
 	app := kingpin.New("culvert-proxy", "Carries Prometheus's scrapes to agents behind firewalls and NAT.")
 	app.HelpFlag.Short('h')
 	app.Version(version.Print("culvert-proxy"))
@@ -76,7 +83,8 @@ func parseFlags(args []string) (server.Config, *slog.Logger, error) {
 		Default(":8080").StringsVar(&c.ListenAddresses)
 	app.Flag("web.config.file", "Web configuration in exporter-toolkit's format: TLS, response headers.").
 		StringVar(&c.WebConfigFile)
-	externalURL := app.Flag("web.external-url", "URL under which people and scrapers reach this proxy; discovery's path mode names it.").String()
+	app.Flag("web.external-url", "URL under which people and scrapers reach this proxy; discovery's path mode names it.").
+		StringVar(&c.externalURL)
 	app.Flag("agent.listen-address", "Address for agents alone; they can't connect to --web.listen-address then. Repeatable.").
 		StringsVar(&c.AgentListenAddresses)
 	app.Flag("agent.web.config.file", "Web configuration of --agent.listen-address.").
@@ -97,20 +105,27 @@ func parseFlags(args []string) (server.Config, *slog.Logger, error) {
 		Default("256").IntVar(&c.Fleet.MaxTunnels)
 
 	duration(app.Flag("agent.forget-after", "How long a lost agent stays in discovery.").Default("7d"), &c.Fleet.ForgetAfter)
-	var registrationTimeout time.Duration
-	duration(app.Flag("registration.timeout", "PushProx's name for --agent.forget-after."), &registrationTimeout)
+	duration(app.Flag("registration.timeout", "PushProx's name for --agent.forget-after."), &c.registrationTimeout)
 	duration(app.Flag("agent.settle-time", "How long discovery answers 503 after a start without a stored list of agents. 0: not at all.").Default("60s"), &c.Fleet.SettleTime)
 	app.Flag("agent.max-handshakes", "Agents that may be in their handshakes at a time; more are told to come back.").
 		Default("256").IntVar(&c.MaxHandshakes)
 	duration(app.Flag("web.shutdown-timeout", "How long running scrapes may take after SIGTERM.").Default("20s"), &c.ShutdownTimeout)
 
-	logConfig := &promslog.Config{}
-	promslogflag.AddFlags(app, logConfig)
-	if _, err := app.Parse(args); err != nil {
-		return c, nil, fmt.Errorf("%w; see --help", err)
+	promslogflag.AddFlags(app, &c.log)
+	return app
+}
+
+// parseFlags turns the command line into a configuration.
+func parseFlags(args []string) (server.Config, *slog.Logger, error) {
+	var c flags
+	fail := func(format string, args ...any) (server.Config, *slog.Logger, error) {
+		return server.Config{}, nil, fmt.Errorf(format, args...)
 	}
-	if registrationTimeout > 0 {
-		c.Fleet.ForgetAfter = registrationTimeout
+	if _, err := c.app().Parse(args); err != nil {
+		return fail("%w; see --help", err)
+	}
+	if c.registrationTimeout > 0 {
+		c.Fleet.ForgetAfter = c.registrationTimeout
 	}
 	// In the configuration 0 means the default.
 	for _, d := range []*time.Duration{&c.Fleet.SettleTime, &c.ReconnectWait, &c.TimeoutOffset} {
@@ -120,7 +135,7 @@ func parseFlags(args []string) (server.Config, *slog.Logger, error) {
 	}
 	for name, n := range map[string]int{"scrape.max-concurrent": c.Fleet.MaxScrapes, "connect.max-concurrent": c.Fleet.MaxTunnels, "agent.max-handshakes": c.MaxHandshakes} {
 		if n < 1 {
-			return c, nil, fmt.Errorf("--%s=%d: use at least 1", name, n)
+			return fail("--%s=%d: use at least 1", name, n)
 		}
 	}
 	for name, d := range map[string]time.Duration{
@@ -128,21 +143,21 @@ func parseFlags(args []string) (server.Config, *slog.Logger, error) {
 		"agent.forget-after": c.Fleet.ForgetAfter, "web.shutdown-timeout": c.ShutdownTimeout,
 	} {
 		if d <= 0 {
-			return c, nil, fmt.Errorf("--%s=%s: use more than 0", name, d)
+			return fail("--%s=%s: use more than 0", name, d)
 		}
 	}
-	if *externalURL != "" {
-		u, err := url.Parse(*externalURL)
+	if c.externalURL != "" {
+		u, err := url.Parse(c.externalURL)
 		if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" {
-			return c, nil, fmt.Errorf("--web.external-url=%q: use a whole URL, as in https://culvert.example.net", *externalURL)
+			return fail("--web.external-url=%q: use a whole URL, as in https://culvert.example.net", c.externalURL)
 		}
 		c.ExternalURL = u
 	}
-	c.Logger = promslog.New(logConfig)
+	c.Logger = promslog.New(&c.log)
 	c.Registry = prometheus.NewRegistry()
 	c.Registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		versioncollector.NewCollector("culvert_proxy"))
-	return c, c.Logger, nil
+	return c.Config, c.Logger, nil
 }
 
 // duration makes a flag take Prometheus's durations (7d) and Go's (1.5h).

@@ -283,7 +283,7 @@ func alive(ctx context.Context, c *Conn) bool {
 // already. Only hosts may be shared between agents. It is called with mu held.
 func (f *Fleet) collision(agent string, reg protocol.Registration) error {
 	taken := func(what, by string) error {
-		return protocol.Refusef(http.StatusConflict, protocol.CodeTaken,
+		return protocol.Refusef(http.StatusConflict, protocol.CodeCollision,
 			"%s; rename one of them, or remove %q with culvert-client leave or DELETE /api/v1/agents/%s", what, by, by)
 	}
 	if _, known := f.agents[agent]; !known {
