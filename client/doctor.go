@@ -178,7 +178,7 @@ func (r *report) checkSession(ctx context.Context, a *agent.Agent, proxy *agent.
 			r.ok("upgrade", "the request got through")
 			r.fail("credentials", err, "the proxy's configuration names the credentials for this agent")
 		case ok && refusal.Code == protocol.CodeNoUpgrade:
-			r.fail("upgrade", err, "the reverse proxy in front has to pass the upgrade on: in nginx proxy_http_version 1.1, proxy_set_header Upgrade $http_upgrade and proxy_set_header Connection \"upgrade\"")
+			r.fail("upgrade", err, "have the reverse proxy in front pass the upgrade on, raw or as WebSocket")
 		case ok && refusal.Code == "":
 			r.fail("upgrade", err, "the answer is not culvert-proxy's: check the URL and its path, and what is in front of the proxy")
 		default:

@@ -113,7 +113,7 @@ func TestDoctor(t *testing.T) {
 		{"nobody listens", []string{"--proxy-url=http://127.0.0.1:" + dead}, false, []string{"FAILED  proxy", "refused", "→ is culvert-proxy running"}},
 		{"https to an http port", []string{"--proxy-url=" + strings.Replace(proxy, "http", "https", 1)}, false, []string{"FAILED  TLS", "→ the other side doesn't speak TLS"}},
 		{"unknown CA", []string{"--proxy-url=" + tlsServer.URL}, false, []string{"FAILED  TLS", "→ name the CA that signed it with --tls.cacert"}},
-		{"upgrade lost", []string{"--proxy-url=" + stripping.URL}, false, []string{"FAILED  upgrade", "no-upgrade", "→ the reverse proxy in front"}},
+		{"upgrade lost", []string{"--proxy-url=" + stripping.URL}, false, []string{"FAILED  upgrade", "no-upgrade", "→ have the reverse proxy in front"}},
 		{"no culvert-proxy", []string{"--proxy-url=" + exporter.URL}, false, []string{"FAILED  upgrade", "→ the answer is not culvert-proxy's"}},
 		{"credentials", []string{"--proxy-url=" + unauthorized.URL}, false, []string{"FAILED  credentials", "401"}},
 		{"name taken", []string{"--proxy-url=" + proxy, "--fqdn=web-2"}, true, []string{"ok      registration", "taken by a live agent", "this host's own agent"}},

@@ -20,9 +20,11 @@ import (
 	"github.com/prometheus/common/version"
 
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/protocol"
 )
 
 func main() {
+	version.Version = protocol.BuildVersion()
 	flags, command, err := parseFlags(os.Args[1:])
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "culvert-client: %v\n", err)

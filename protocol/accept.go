@@ -47,8 +47,8 @@ func CheckUpgrade(r *http.Request) (transport string, refusal *Refusal) {
 
 func noUpgrade(what string) *Refusal {
 	return Refusef(http.StatusBadRequest, CodeNoUpgrade,
-		"%s; something between agent and proxy took it away. In nginx: proxy_http_version 1.1; "+
-			"proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection \"upgrade\";", what)
+		"%s: something between agent and proxy took it away; nginx needs proxy_http_version 1.1, "+
+			"proxy_set_header Upgrade $http_upgrade and proxy_set_header Connection \"upgrade\"", what)
 }
 
 func headerHasToken(h http.Header, name, token string) bool {

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/coder/websocket"
@@ -49,6 +50,9 @@ type HandshakeError struct {
 }
 
 func (e *HandshakeError) Error() string {
+	if e.Before != nil && e.Before.Err.Error() == e.Err.Error() {
+		return fmt.Sprintf("%s and %s: %v", e.Before.Transport, e.Transport, e.Err)
+	}
 	if e.Before != nil {
 		return fmt.Sprintf("%v; then %s: %v", e.Before, e.Transport, e.Err)
 	}
@@ -59,8 +63,9 @@ func (e *HandshakeError) Error() string {
 func (e *HandshakeError) Unwrap() error { return e.Err }
 
 // Dial does the handshake. It tries the raw upgrade first, and WebSocket where
-// the answer shows that something between refused the upgrade; what worked is
-// tried first the next time. It returns a *HandshakeError, or ctx's cause.
+// the answer shows that something between refused the upgrade, which is
+// remembered for the next time, or where the connection broke off instead of an
+// answer. It returns a *HandshakeError, or ctx's cause.
 // The environment's HTTPS_PROXY, HTTP_PROXY and NO_PROXY are honoured.
 func (d *Dialer) Dial(ctx context.Context) (*Session, error) {
 	timeout := d.Timeout
@@ -70,22 +75,27 @@ func (d *Dialer) Dial(ctx context.Context) (*Session, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer within %s", timeout))
 	defer cancel()
 	var before *HandshakeError
+	remember := true
 	if !d.webSocket {
 		s, err := d.dialRaw(ctx)
 		if err == nil {
 			return s, nil
 		}
 		before = &HandshakeError{Transport: "upgrade", Err: err}
-		if refusal, ok := AsRefusal(err); !ok || refusal.Code != "" && refusal.Code != CodeNoUpgrade {
+		refusal, answered := AsRefusal(err)
+		cut := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET)
+		refused := answered && (refusal.Code == "" || refusal.Code == CodeNoUpgrade)
+		if !cut && !refused {
 			return nil, before
 		}
+		remember = refused
 	}
 	s, err := d.dialWebSocket(ctx)
 	if err != nil {
 		d.webSocket = false
 		return nil, &HandshakeError{Transport: "websocket", Err: err, Before: before}
 	}
-	d.webSocket = true
+	d.webSocket = remember
 	return s, nil
 }
 

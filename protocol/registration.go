@@ -2,10 +2,12 @@ package protocol
 
 import (
 	"fmt"
+	"runtime/debug"
 	"strings"
 	"unicode/utf8"
 
 	"github.com/prometheus/common/model"
+	"github.com/prometheus/common/version"
 )
 
 // Registration is what an agent says of itself: the body of
@@ -25,6 +27,18 @@ type Registration struct {
 	Hosts []string `json:"hosts,omitempty"`
 	// Labels describe the agent in discovery, at most MaxLabels.
 	Labels map[string]string `json:"labels,omitempty"`
+}
+
+// BuildVersion returns the version of the running program: what the linker was
+// told, else the version of the main module, "(devel)" in a working tree.
+func BuildVersion() string {
+	if version.Version != "" {
+		return version.Version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
 }
 
 // Target is a named target as discovery needs it. Where it is and how it is

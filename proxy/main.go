@@ -21,10 +21,12 @@ import (
 	promslogflag "github.com/prometheus/common/promslog/flag"
 	"github.com/prometheus/common/version"
 
+	"github.com/culvert-io/culvert/protocol"
 	"github.com/culvert-io/culvert/proxy/server"
 )
 
 func main() {
+	version.Version = protocol.BuildVersion()
 	config, logger, err := parseFlags(os.Args[1:])
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "culvert-proxy: %v\n", err)

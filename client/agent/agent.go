@@ -26,7 +26,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/config"
-	"github.com/prometheus/common/version"
 
 	"github.com/culvert-io/culvert/protocol"
 )
@@ -151,7 +150,7 @@ func (a *Agent) Reload(cfg Config) error {
 	defer a.mu.Unlock()
 	old := a.current.Swap(snap)
 	old.retire()
-	if a.running == nil {
+	if a.running == nil || a.running.Err() != nil {
 		return nil
 	}
 	a.startLinks()
@@ -375,7 +374,7 @@ func (a *Agent) newSnapshot(cfg Config) (*snapshot, error) {
 	if err := s.addRoutes(); err != nil {
 		return nil, err
 	}
-	s.registration.Version = version.Version
+	s.registration.Version = protocol.BuildVersion()
 	s.registration.Labels = cfg.Labels
 	if err := s.registration.Check(s.name); err != nil {
 		return nil, err

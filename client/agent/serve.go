@@ -96,7 +96,7 @@ func (s *snapshot) scrape(w http.ResponseWriter, r *http.Request) (kind, outcome
 		return "port", refuse(w, refusal)
 	}
 	u := *r.URL
-	u.Host = net.JoinHostPort(name, port)
+	u.Host, u.User = net.JoinHostPort(name, port), nil
 	return "port", s.forward(w, r, s.ports, &u, false, "port "+port+" of \""+name+"\"")
 }
 
