@@ -1,0 +1,202 @@
+package gateway
+
+import (
+	"encoding/json"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/prometheus/model/histogram"
+)
+
+// The objects of the Pushgateway's query API, version 1.
+
+type apiFamily struct {
+	Time   time.Time   `json:"time_stamp"`
+	Type   string      `json:"type"`
+	Help   string      `json:"help,omitempty"`
+	Series []apiSeries `json:"metrics"`
+}
+
+// apiSeries is one series. All numbers are strings.
+type apiSeries struct {
+	Labels    map[string]string `json:"labels"`
+	Value     string            `json:"value,omitempty"`
+	Quantiles map[string]string `json:"quantiles,omitempty"`
+	// Buckets is a map from upper bounds to cumulative counts; for native histograms
+	// a list of [kind, lower, upper, count].
+	Buckets any    `json:"buckets,omitempty"`
+	Count   string `json:"count,omitempty"`
+	Sum     string `json:"sum,omitempty"`
+}
+
+// ServeQuery answers GET /api/v1/metrics: all groups with their series.
+func (g *Gateway) ServeQuery(w http.ResponseWriter, r *http.Request) {
+	groups := []map[string]any{}
+	for _, grp := range g.store.snapshot() {
+		group, err := apiGroup(grp)
+		if err != nil {
+			g.store.config.Logger.Error("A group can't be read", "group", grp.key, "err", err)
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		groups = append(groups, group)
+	}
+	WriteAPI(w, groups)
+}
+
+// WriteAPI writes data in the envelope of the Pushgateway's API, with its headers.
+func WriteAPI(w http.ResponseWriter, data any) {
+	text, err := json.Marshal(struct {
+		Status string `json:"status"`
+		Data   any    `json:"data"`
+	}{"success", data})
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	SetAPIHeaders(w.Header())
+	w.Header().Set("Content-Type", "application/json")
+	_, _ = w.Write(text) // an error now is the reader's going away
+}
+
+// SetAPIHeaders sets the CORS and cache headers of the Pushgateway's API.
+func SetAPIHeaders(h http.Header) {
+	h.Set("Access-Control-Allow-Origin", "*")
+	h.Set("Access-Control-Allow-Methods", "GET, POST, DELETE, OPTIONS")
+	h.Set("Access-Control-Allow-Headers", "Accept, Authorization, Content-Type, Origin")
+	h.Set("Access-Control-Expose-Headers", "Date")
+	h.Set("Cache-Control", "no-cache, no-store, must-revalidate")
+}
+
+// snapshot returns copies of all groups, sorted by ID.
+func (s *Store) snapshot() []group {
+	s.mu.RLock()
+	groups := make([]group, 0, len(s.groups))
+	for _, g := range s.groups {
+		groups = append(groups, *g)
+	}
+	s.mu.RUnlock()
+	slices.SortFunc(groups, func(a, b group) int { return strings.Compare(a.id, b.id) })
+	return groups
+}
+
+func apiGroup(g group) (map[string]any, error) {
+	out := map[string]any{}
+	for i := range g.image.blocks {
+		b := &g.image.blocks[i]
+		f, err := g.image.decode(b)
+		if err != nil {
+			return nil, err
+		}
+		at := b.pushed
+		if isGenerated(f.GetName()) {
+			at = max(g.pushed, g.failed)
+		}
+		family := apiFamily{Time: time.Unix(0, at), Type: f.GetType().String(), Help: f.GetHelp(), Series: make([]apiSeries, len(f.Metric))}
+		for i, m := range f.Metric {
+			family.Series[i] = newAPISeries(m)
+		}
+		out[f.GetName()] = family
+	}
+	// After the metrics: one of these names must not hide them.
+	out["labels"] = g.key.Map()
+	out["last_push_successful"] = g.failed <= g.pushed
+	return out, nil
+}
+
+func newAPISeries(m *dto.Metric) apiSeries {
+	s := apiSeries{Labels: make(map[string]string, len(m.Label))}
+	for _, l := range m.Label {
+		s.Labels[l.GetName()] = l.GetValue()
+	}
+	switch {
+	case m.Counter != nil:
+		s.Value = number(m.Counter.GetValue())
+	case m.Gauge != nil:
+		s.Value = number(m.Gauge.GetValue())
+	case m.Untyped != nil:
+		s.Value = number(m.Untyped.GetValue())
+	case m.Summary != nil:
+		s.Quantiles = map[string]string{}
+		for _, q := range m.Summary.Quantile {
+			s.Quantiles[number(q.GetQuantile())] = number(q.GetValue())
+		}
+		s.Count, s.Sum = strconv.FormatUint(m.Summary.GetSampleCount(), 10), number(m.Summary.GetSampleSum())
+	case m.Histogram != nil:
+		h := m.Histogram
+		s.Sum = number(h.GetSampleSum())
+		s.Count = strconv.FormatUint(h.GetSampleCount(), 10)
+		isFloat := h.GetSampleCountFloat() > 0
+		if isFloat {
+			s.Count = number(h.GetSampleCountFloat())
+		}
+		if len(h.PositiveSpan) > 0 || len(h.NegativeSpan) > 0 {
+			s.Buckets = nativeBuckets(h)
+			break
+		}
+		buckets := make(map[string]string, len(h.Bucket))
+		for _, b := range h.Bucket {
+			count := strconv.FormatUint(b.GetCumulativeCount(), 10)
+			if b.CumulativeCountFloat != nil {
+				count = number(b.GetCumulativeCountFloat())
+			}
+			buckets[number(b.GetUpperBound())] = count
+		}
+		s.Buckets = buckets
+	}
+	return s
+}
+
+// nativeBuckets lists the buckets of a native histogram, ascending, without empty
+// ones, as Prometheus's API does: [boundaries, lower, upper, count], where
+// boundaries is 0 for (], 1 for [), 2 for (), 3 for [].
+func nativeBuckets(h *dto.Histogram) [][4]any {
+	spans := func(in []*dto.BucketSpan) []histogram.Span {
+		out := make([]histogram.Span, len(in))
+		for i, s := range in {
+			out[i] = histogram.Span{Offset: s.GetOffset(), Length: s.GetLength()}
+		}
+		return out
+	}
+	var fh *histogram.FloatHistogram
+	if h.GetSampleCountFloat() > 0 || h.GetZeroCountFloat() > 0 {
+		fh = &histogram.FloatHistogram{
+			Schema: h.GetSchema(), ZeroThreshold: h.GetZeroThreshold(), ZeroCount: h.GetZeroCountFloat(),
+			Count: h.GetSampleCountFloat(), Sum: h.GetSampleSum(),
+			PositiveSpans: spans(h.PositiveSpan), NegativeSpans: spans(h.NegativeSpan),
+			PositiveBuckets: h.PositiveCount, NegativeBuckets: h.NegativeCount,
+		}
+	} else {
+		fh = (&histogram.Histogram{
+			Schema: h.GetSchema(), ZeroThreshold: h.GetZeroThreshold(), ZeroCount: h.GetZeroCount(),
+			Count: h.GetSampleCount(), Sum: h.GetSampleSum(),
+			PositiveSpans: spans(h.PositiveSpan), NegativeSpans: spans(h.NegativeSpan),
+			PositiveBuckets: h.PositiveDelta, NegativeBuckets: h.NegativeDelta,
+		}).ToFloat(nil)
+	}
+	buckets := [][4]any{}
+	for it := fh.AllBucketIterator(); it.Next(); {
+		b := it.At()
+		if b.Count == 0 {
+			continue
+		}
+		boundaries := 2
+		switch {
+		case b.LowerInclusive && b.UpperInclusive:
+			boundaries = 3
+		case b.LowerInclusive:
+			boundaries = 1
+		case b.UpperInclusive:
+			boundaries = 0
+		}
+		buckets = append(buckets, [4]any{boundaries, number(b.Lower), number(b.Upper), number(b.Count)})
+	}
+	return buckets
+}
+
+// number formats as the text format does; minus zero is "-0".
+func number(v float64) string { return strconv.FormatFloat(v, 'g', -1, 64) }

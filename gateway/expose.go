@@ -1,0 +1,229 @@
+package gateway
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/munnerz/goautoneg"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+)
+
+// view is a family as a scrape sees it: entries of all groups, taken at one moment.
+type view struct {
+	name, help string
+	kind       dto.MetricType
+	own        *dto.MetricFamily // the server's own series of that name, if any
+	entries    []entry
+}
+
+// views takes all families at one moment, so that no scrape sees half a push.
+// Images are immutable, so the lock is held for as long as it takes to copy
+// pointers.
+func (s *Store) views() map[string]*view {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	views := make(map[string]*view, len(s.families))
+	for name, f := range s.families {
+		views[name] = &view{name: name, help: f.help, kind: f.kind, entries: slices.Clone(f.entries)}
+	}
+	return views
+}
+
+// Expose answers a scrape with the groups, and the server's own families where
+// some are given; those determine HELP.
+func (s *Store) Expose(w http.ResponseWriter, r *http.Request, own []*dto.MetricFamily) {
+	views := s.views()
+	for _, f := range own {
+		v := views[f.GetName()]
+		if v == nil {
+			v = &view{name: f.GetName()}
+			views[v.name] = v
+		}
+		v.own, v.kind, v.help = f, f.GetType(), f.GetHelp()
+	}
+	format := negotiate(r.Header)
+	w.Header().Set("Content-Type", string(format))
+	w.Header().Add("Vary", "Accept, Accept-Encoding")
+	var out io.Writer = w
+	if acceptsGzip(r.Header) {
+		w.Header().Set("Content-Encoding", "gzip")
+		zw := gzipWriters.Get().(*gzip.Writer)
+		zw.Reset(w)
+		defer func() {
+			zw.Close()
+			gzipWriters.Put(zw)
+		}()
+		out = zw
+	}
+	buffered := bufio.NewWriterSize(out, 64<<10)
+	for _, name := range slices.Sorted(maps.Keys(views)) {
+		if err := views[name].write(buffered, format); err != nil {
+			// The status is out: what is written must not pass for the whole.
+			s.config.Logger.Error("A scrape broke off", "metric", name, "err", err)
+			panic(http.ErrAbortHandler)
+		}
+	}
+	if format.FormatType() == expfmt.TypeOpenMetrics {
+		expfmt.FinalizeOpenMetrics(buffered)
+	}
+	buffered.Flush()
+}
+
+var gzipWriters = sync.Pool{New: func() any {
+	zw, _ := gzip.NewWriterLevel(nil, gzip.BestSpeed)
+	return zw
+}}
+
+// negotiate chooses protobuf or text by the Accept header; OpenMetrics for a
+// client that takes neither: its names and le values differ, and series that were
+// scraped from a Pushgateway must not change.
+func negotiate(h http.Header) expfmt.Format {
+	openMetrics, other := false, false
+	for _, a := range goautoneg.ParseAccept(h.Get("Accept")) {
+		switch a.Type + "/" + a.SubType {
+		case "application/openmetrics-text":
+			openMetrics = true
+		case "text/plain", "text/*", "*/*", "application/vnd.google.protobuf":
+			other = true
+		}
+	}
+	if openMetrics && !other {
+		return expfmt.NegotiateAccept(h, expfmt.DefaultOpenMetricsAcceptedFormats()...)
+	}
+	return expfmt.NegotiateAccept(h, expfmt.DefaultAcceptedFormats()...)
+}
+
+func acceptsGzip(h http.Header) bool {
+	for _, a := range goautoneg.ParseAccept(h.Get("Accept-Encoding")) {
+		if a.Type == "gzip" && a.Q > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// write writes the family in the given format. Text and protobuf are put together
+// from what was encoded when it was pushed.
+func (v *view) write(w *bufio.Writer, format expfmt.Format) error {
+	escaping := format.ToEscapingScheme()
+	switch format.FormatType() {
+	case expfmt.TypeTextPlain:
+		return v.writeText(w, escaping)
+	case expfmt.TypeProtoDelim:
+		if !v.foreign() {
+			return v.writeProto(w)
+		}
+	}
+	f, err := v.decode()
+	if err != nil {
+		return err
+	}
+	if len(f.Metric) == 0 {
+		return nil
+	}
+	return expfmt.NewEncoder(w, format).Encode(f)
+}
+
+// foreign reports whether what is written depends on the escaping scheme.
+func (v *view) foreign() bool {
+	return slices.ContainsFunc(v.entries, func(e entry) bool { return e.block.meta.Value().foreign })
+}
+
+func (v *view) writeText(w *bufio.Writer, escaping model.EscapingScheme) error {
+	name := v.name
+	if !model.LegacyValidation.IsValidMetricName(name) {
+		if name = model.EscapeName(name, escaping); escaping == model.NoEscaping {
+			name = fmt.Sprintf("%q", name)
+		}
+	}
+	if v.help != "" {
+		fmt.Fprintf(w, "# HELP %s %s\n", name, helpEscaper.Replace(v.help))
+	}
+	kind := typeName(v.kind)
+	if v.kind == dto.MetricType_GAUGE_HISTOGRAM {
+		kind = "histogram"
+	}
+	fmt.Fprintf(w, "# TYPE %s %s\n", name, kind)
+	if v.own != nil {
+		text, err := encodeText(v.name, v.kind, v.own.Metric, escaping, false)
+		if err != nil {
+			return err
+		}
+		w.Write(text)
+	}
+	for _, e := range v.entries {
+		text := e.image.textOf(e.block)
+		if escaping != model.UnderscoreEscaping && e.block.meta.Value().foreign {
+			f, err := e.image.decode(e.block)
+			if err == nil {
+				text, err = encodeText(v.name, v.kind, f.Metric, escaping, true)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if _, err := w.Write(text); err != nil {
+			return nil // the scraper went away
+		}
+	}
+	return nil
+}
+
+var helpEscaper = strings.NewReplacer(`\`, `\\`, "\n", `\n`)
+
+func (v *view) writeProto(w *bufio.Writer) error {
+	series := make([][]byte, 0, len(v.entries)+1)
+	unit := ""
+	if v.own != nil {
+		own, err := encodeProto(v.own.Metric)
+		if err != nil {
+			return err
+		}
+		series = append(series, own)
+		unit = v.own.GetUnit()
+	}
+	size := 0
+	for _, e := range v.entries {
+		series = append(series, e.image.protoOf(e.block))
+	}
+	head := appendFamilyHead(nil, v.name, v.help, unit, v.kind)
+	for _, s := range series {
+		size += len(s)
+	}
+	w.Write(appendLength(nil, len(head)+size))
+	w.Write(head)
+	for _, s := range series {
+		if _, err := w.Write(s); err != nil {
+			return nil // the scraper went away
+		}
+	}
+	return nil
+}
+
+// decode returns the whole family, for the formats that are made anew.
+func (v *view) decode() (*dto.MetricFamily, error) {
+	f := &dto.MetricFamily{Name: &v.name, Type: &v.kind}
+	if v.help != "" {
+		f.Help = &v.help
+	}
+	if v.own != nil {
+		f.Metric = append(f.Metric, v.own.Metric...)
+	}
+	for _, e := range v.entries {
+		part, err := e.image.decode(e.block)
+		if err != nil {
+			return nil, err
+		}
+		f.Metric = append(f.Metric, part.Metric...)
+	}
+	return f, nil
+}

@@ -1,0 +1,276 @@
+package gateway
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+	"strings"
+	"unicode/utf8"
+	"unique"
+
+	"github.com/cespare/xxhash/v2"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+)
+
+// Names of the families that the gateway makes for each group. Pushed ones are
+// overridden.
+const (
+	pushTimeName    = "push_time_seconds"
+	failureTimeName = "push_failure_time_seconds"
+	pushUpName      = "push_up"
+)
+
+// meta describes the family of a block. It is the same for most groups, and
+// shared.
+type meta struct {
+	name, help, unit string
+	kind             dto.MetricType
+	// foreign: a name outside the legacy rules is in it, so that the text depends
+	// on the escaping scheme.
+	foreign bool
+}
+
+// prepared is one family of a push, labelled, checked and encoded for every way
+// out.
+type prepared struct {
+	meta   unique.Handle[meta]
+	series []uint64 // hashes of name and labels
+	// text is the series in text format 0.0.4, without HELP and TYPE, names outside
+	// the legacy rules escaped by underscores.
+	text []byte
+	// proto is the series as the repeated field "metric" of a MetricFamily.
+	proto  []byte
+	pushed int64 // Unix nanoseconds
+}
+
+func (p prepared) name() string { return p.meta.Value().name }
+
+// pushedFamilies is what a push brings: its families, sorted by name, and the
+// names of those that have no series, which go.
+type pushedFamilies struct {
+	families []prepared
+	dropped  []string
+}
+
+// prepare forces the grouping labels onto the series of a push, checks what can be
+// checked without looking at other groups, and encodes. families are sorted by
+// name. reasons tells what is wrong, each with the metric's name; the result is
+// not to be used then.
+func prepare(key Key, families []*dto.MetricFamily, now int64) (out pushedFamilies, reasons []string) {
+	for _, f := range families {
+		switch f.GetName() {
+		case pushTimeName, failureTimeName, pushUpName:
+			continue
+		}
+		p, err := prepareFamily(key, f, now)
+		switch {
+		case err != nil:
+			reasons = append(reasons, err.Error())
+		case len(p.series) == 0:
+			out.dropped = append(out.dropped, f.GetName())
+		default:
+			out.families = append(out.families, p)
+		}
+	}
+	return out, reasons
+}
+
+func prepareFamily(key Key, f *dto.MetricFamily, now int64) (p prepared, err error) {
+	name := f.GetName()
+	if name == "" || !utf8.ValidString(name) {
+		return p, fmt.Errorf("metric name %q is empty or not UTF-8", name)
+	}
+	if !utf8.ValidString(f.GetHelp()) {
+		return p, fmt.Errorf("metric %q: the HELP text is not UTF-8", name)
+	}
+	m := meta{name: name, help: f.GetHelp(), unit: f.GetUnit(), kind: f.GetType(), foreign: !model.LegacyValidation.IsValidMetricName(name)}
+	for _, series := range f.Metric {
+		if series.TimestampMs != nil {
+			return p, fmt.Errorf("metric %q: timestamps are not allowed; the time of a push is in %s", name, pushTimeName)
+		}
+		if !hasValue(series, m.kind) {
+			return p, fmt.Errorf("metric %q: a series is not of the family's type %s", name, typeName(m.kind))
+		}
+		forceLabels(key, series)
+		foreign, err := checkLabels(series.Label, m.kind)
+		if err != nil {
+			return p, fmt.Errorf("metric %q: %w", name, err)
+		}
+		m.foreign = m.foreign || foreign
+	}
+	slices.SortFunc(f.Metric, compareSeries)
+	p = prepared{meta: unique.Make(m), series: make([]uint64, len(f.Metric)), pushed: now}
+	for i, series := range f.Metric {
+		if i > 0 && slices.EqualFunc(f.Metric[i-1].Label, series.Label, sameLabel) {
+			return p, fmt.Errorf("metric %q: the labels %s were already seen", name, labelString(series.Label))
+		}
+		p.series[i] = hashSeries(name, series.Label)
+	}
+	if len(f.Metric) == 0 {
+		return p, nil
+	}
+	if p.text, err = encodeText(name, m.kind, f.Metric, model.UnderscoreEscaping, m.foreign); err != nil {
+		return p, fmt.Errorf("metric %q: %w", name, err)
+	}
+	if p.proto, err = encodeProto(f.Metric); err != nil {
+		return p, fmt.Errorf("metric %q: %w", name, err)
+	}
+	return p, nil
+}
+
+// hasValue reports whether the series has the value field of the type.
+func hasValue(m *dto.Metric, kind dto.MetricType) bool {
+	switch kind {
+	case dto.MetricType_COUNTER:
+		return m.Counter != nil
+	case dto.MetricType_GAUGE:
+		return m.Gauge != nil
+	case dto.MetricType_SUMMARY:
+		return m.Summary != nil
+	case dto.MetricType_UNTYPED:
+		return m.Untyped != nil
+	case dto.MetricType_HISTOGRAM, dto.MetricType_GAUGE_HISTOGRAM:
+		return m.Histogram != nil
+	}
+	return false
+}
+
+// forceLabels puts the grouping labels onto a series, and instance="" where it
+// has none, and sorts them.
+func forceLabels(key Key, m *dto.Metric) {
+	kept := m.Label[:0]
+	instance := false
+	for _, l := range m.Label {
+		if _, grouping := key.Get(l.GetName()); grouping {
+			continue
+		}
+		instance = instance || l.GetName() == model.InstanceLabel
+		kept = append(kept, l)
+	}
+	m.Label = kept
+	for i := range key {
+		instance = instance || key[i].Name == model.InstanceLabel
+		m.Label = append(m.Label, &dto.LabelPair{Name: &key[i].Name, Value: &key[i].Value})
+	}
+	if !instance {
+		m.Label = append(m.Label, &dto.LabelPair{Name: proto.String(model.InstanceLabel), Value: proto.String("")})
+	}
+	slices.SortFunc(m.Label, func(a, b *dto.LabelPair) int { return strings.Compare(a.GetName(), b.GetName()) })
+}
+
+// checkLabels reports the first label, of sorted ones, that must not be there, and
+// whether a name is outside the legacy rules.
+func checkLabels(labels []*dto.LabelPair, kind dto.MetricType) (foreign bool, err error) {
+	var escaped map[string]bool
+	for i, l := range labels {
+		name := l.GetName()
+		switch {
+		case name == "" || strings.HasPrefix(name, model.ReservedLabelPrefix) || !utf8.ValidString(name):
+			return false, fmt.Errorf("label name %q is not allowed", name)
+		case !utf8.ValidString(l.GetValue()):
+			return false, fmt.Errorf("the value %q of label %q is not UTF-8", l.GetValue(), name)
+		case i > 0 && labels[i-1].GetName() == name:
+			return false, fmt.Errorf("label %q stands twice in a series", name)
+		case name == model.QuantileLabel && kind == dto.MetricType_SUMMARY,
+			name == model.BucketLabel && (kind == dto.MetricType_HISTOGRAM || kind == dto.MetricType_GAUGE_HISTOGRAM):
+			return false, fmt.Errorf("label %q is not allowed in a %s", name, strings.ToLower(kind.String()))
+		}
+		if !model.LegacyValidation.IsValidLabelName(name) {
+			foreign = true
+		}
+	}
+	if foreign {
+		escaped = make(map[string]bool, len(labels))
+		for _, l := range labels {
+			name := model.EscapeName(l.GetName(), model.UnderscoreEscaping)
+			if escaped[name] {
+				return false, fmt.Errorf("label %q has the same name as another one where UTF-8 names are escaped (%s)", l.GetName(), name)
+			}
+			escaped[name] = true
+		}
+	}
+	return foreign, nil
+}
+
+func sameLabel(a, b *dto.LabelPair) bool {
+	return a.GetName() == b.GetName() && a.GetValue() == b.GetValue()
+}
+
+// compareSeries orders series by the number of labels, then by their values, then
+// by their names.
+func compareSeries(a, b *dto.Metric) int {
+	if len(a.Label) != len(b.Label) {
+		return len(a.Label) - len(b.Label)
+	}
+	for i := range a.Label {
+		if c := strings.Compare(a.Label[i].GetValue(), b.Label[i].GetValue()); c != 0 {
+			return c
+		}
+	}
+	for i := range a.Label {
+		if c := strings.Compare(a.Label[i].GetName(), b.Label[i].GetName()); c != 0 {
+			return c
+		}
+	}
+	return 0
+}
+
+func labelString(labels []*dto.LabelPair) string {
+	k := make(Key, len(labels))
+	for i, l := range labels {
+		k[i] = Label{l.GetName(), l.GetValue()}
+	}
+	return k.String()
+}
+
+func hashSeries(name string, labels []*dto.LabelPair) uint64 {
+	var d xxhash.Digest
+	d.Reset()
+	d.WriteString(name)
+	d.Write([]byte{0xff})
+	for _, l := range labels {
+		d.WriteString(l.GetName())
+		d.Write([]byte{0xff})
+		d.WriteString(l.GetValue())
+		d.Write([]byte{0xff})
+	}
+	return d.Sum64()
+}
+
+// encodeText returns the series in text format 0.0.4, without HELP and TYPE.
+func encodeText(name string, kind dto.MetricType, series []*dto.Metric, escaping model.EscapingScheme, foreign bool) ([]byte, error) {
+	f := &dto.MetricFamily{Name: &name, Type: &kind, Metric: series}
+	if foreign {
+		f = model.EscapeMetricFamily(f, escaping)
+	}
+	var buf bytes.Buffer
+	if _, err := expfmt.MetricFamilyToText(&buf, f); err != nil {
+		return nil, err
+	}
+	_, lines, _ := bytes.Cut(buf.Bytes(), []byte("\n")) // behind TYPE
+	return bytes.Clone(lines), nil
+}
+
+// metricField is the field number of "metric" in a MetricFamily.
+const metricField = 4
+
+func encodeProto(series []*dto.Metric) ([]byte, error) {
+	size := 0
+	for _, m := range series {
+		size += protowire.SizeTag(metricField) + protowire.SizeBytes(proto.Size(m))
+	}
+	out := make([]byte, 0, size)
+	var err error
+	for _, m := range series {
+		out = protowire.AppendTag(out, metricField, protowire.BytesType)
+		out = protowire.AppendVarint(out, uint64(proto.Size(m)))
+		if out, err = (proto.MarshalOptions{UseCachedSize: true}).MarshalAppend(out, m); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
