@@ -20,29 +20,33 @@ func CheckUpgrade(r *http.Request) (transport string, refusal *Refusal) {
 	if r.Method != http.MethodGet {
 		return "", Refusef(http.StatusMethodNotAllowed, CodeMethod, "%s %s: the tunnel starts with GET", r.Method, PathTunnel)
 	}
-	asked := r.Header.Values("Upgrade")
-	if !headerHasToken(r.Header, "Connection", "upgrade") || len(asked) == 0 {
+	asked := strings.ToLower(strings.Join(r.Header.Values("Upgrade"), ","))
+	if !r.ProtoAtLeast(1, 1) || !headerHasToken(r.Header, "Connection", "upgrade") || asked == "" {
 		return "", noUpgrade("the request came without its Upgrade header")
 	}
-	for _, token := range strings.Split(strings.Join(asked, ","), ",") {
-		switch token = strings.ToLower(strings.TrimSpace(token)); {
+	webSocket, otherVersion := false, ""
+	for token := range strings.SplitSeq(asked, ",") {
+		switch token = strings.TrimSpace(token); {
 		case token == UpgradeToken:
 			return "upgrade", nil
 		case token == "websocket":
-			if r.Header.Get("Sec-WebSocket-Key") == "" {
-				return "", noUpgrade("the Upgrade header was replaced by \"websocket\"")
-			}
-			if !headerHasToken(r.Header, "Sec-WebSocket-Protocol", Subprotocol) {
-				return "", Refusef(http.StatusUpgradeRequired, CodeVersion,
-					"the WebSocket subprotocols %q are not ours; this proxy speaks %s", r.Header.Get("Sec-WebSocket-Protocol"), Subprotocol)
-			}
-			return "websocket", nil
+			webSocket = true
 		case strings.HasPrefix(token, "culvert/"):
-			return "", Refusef(http.StatusUpgradeRequired, CodeVersion,
-				"this proxy speaks %s, not %s; install a matching culvert-client", UpgradeToken, token)
+			otherVersion = token
 		}
 	}
-	return "", noUpgrade(fmt.Sprintf("the Upgrade header was replaced by %q", asked[0]))
+	switch {
+	case webSocket && r.Header.Get("Sec-WebSocket-Key") != "":
+		if headerHasToken(r.Header, "Sec-WebSocket-Protocol", Subprotocol) {
+			return "websocket", nil
+		}
+		return "", Refusef(http.StatusUpgradeRequired, CodeVersion,
+			"the WebSocket subprotocols %q are not ours; this proxy speaks %s", r.Header.Get("Sec-WebSocket-Protocol"), Subprotocol)
+	case otherVersion != "":
+		return "", Refusef(http.StatusUpgradeRequired, CodeVersion,
+			"this proxy speaks %s, not %s; install a matching culvert-client", UpgradeToken, otherVersion)
+	}
+	return "", noUpgrade(fmt.Sprintf("the Upgrade header was replaced by %q", asked))
 }
 
 func noUpgrade(what string) *Refusal {
@@ -140,20 +144,22 @@ func (c *prefixConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// ResetOnClose makes the next Close of conn, plain or TLS over TCP, send a reset
-// instead of an orderly end, so that the other side sees a broken transfer.
-func ResetOnClose(conn net.Conn) {
+// Reset closes conn, plain or TLS over TCP, with a reset instead of an orderly
+// end, so that the other side sees a broken transfer. A TLS connection is closed
+// below TLS, which would say goodbye in good order.
+func Reset(conn net.Conn) {
 	if t, ok := conn.(*tls.Conn); ok {
 		conn = t.NetConn()
 	}
 	if t, ok := conn.(*net.TCPConn); ok {
 		t.SetLinger(0)
 	}
+	conn.Close()
 }
 
 // IsSessionEnd reports whether err came from the end of a session, and not from
 // the stream's own end.
 func IsSessionEnd(err error) bool {
 	return errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, ErrClosed) || errors.Is(err, ErrPeerClosed) ||
-		errors.Is(err, ErrSilent) || errors.Is(err, ErrStuck)
+		errors.Is(err, ErrSilent) || errors.Is(err, ErrStuck) || errors.Is(err, ErrProtocol)
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+	"github.com/hashicorp/yamux"
 )
 
 // frameConn is the connection below yamux. yamux writes the header of a frame
@@ -23,6 +24,7 @@ type frameConn struct {
 
 	stats    *Stats
 	lastRead atomic.Int64 // Unix nanoseconds
+	writing  atomic.Int64 // Unix nanoseconds since when a write runs, 0: none
 
 	// Used by yamux's one sending goroutine only.
 	header [frameHeaderSize]byte
@@ -58,6 +60,8 @@ func (c *frameConn) Write(p []byte) (int, error) {
 		c.held = true
 		return len(p), nil
 	}
+	c.writing.Store(time.Now().UnixNano())
+	defer c.writing.Store(0)
 	if !c.held {
 		n, err := c.rw.Write(p)
 		c.stats.BytesWritten.Add(int64(n))
@@ -96,14 +100,25 @@ func (c *frameConn) note(err error) error {
 	return err
 }
 
-// endCause returns why the connection ended, as far as it is known.
-func (c *frameConn) endCause() error {
+// writingFor returns how long the write that runs now has been running.
+func (c *frameConn) writingFor() time.Duration {
+	if since := c.writing.Load(); since != 0 {
+		return time.Since(time.Unix(0, since))
+	}
+	return 0
+}
+
+// endCause returns why the session ended, given why yamux did.
+func (c *frameConn) endCause(muxError error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.cause == nil || errors.Is(c.cause, io.EOF) {
+	switch {
+	case errors.Is(muxError, io.EOF), errors.Is(muxError, io.ErrUnexpectedEOF), errors.Is(muxError, yamux.ErrSessionShutdown):
 		return ErrPeerClosed
+	case c.cause != nil && errors.Is(muxError, c.cause):
+		return fmt.Errorf("%w: %w", ErrPeerClosed, c.cause)
 	}
-	return fmt.Errorf("%w: %w", ErrPeerClosed, c.cause)
+	return fmt.Errorf("%w: %w", ErrProtocol, muxError)
 }
 
 // messageConn carries bytes in binary WebSocket messages, one for each Write.

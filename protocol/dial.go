@@ -115,6 +115,9 @@ func (d *Dialer) dialRaw(ctx context.Context) (*Session, error) {
 	req.Header.Set("Connection", "Upgrade")
 	req.Header.Set("Upgrade", UpgradeToken)
 	resp, err := transport.RoundTrip(req)
+	if err == nil && resp.StatusCode != http.StatusSwitchingProtocols {
+		err = readRefusal(resp)
+	}
 	if !stop() && err == nil {
 		resp.Body.Close()
 		err = context.Cause(ctx)
@@ -123,12 +126,6 @@ func (d *Dialer) dialRaw(ctx context.Context) (*Session, error) {
 		abort(err)
 		transport.CloseIdleConnections()
 		return nil, unwrapCause(reqCtx, err)
-	}
-	if resp.StatusCode != http.StatusSwitchingProtocols {
-		refusal := readRefusal(resp)
-		abort(refusal)
-		transport.CloseIdleConnections()
-		return nil, refusal
 	}
 	rw, ok := resp.Body.(io.ReadWriteCloser)
 	if got := resp.Header.Get("Upgrade"); !ok || !strings.EqualFold(got, UpgradeToken) {
@@ -242,7 +239,7 @@ func readRefusal(resp *http.Response) *Refusal {
 		r.Message = fmt.Sprintf("%s answered %s", server, resp.Status)
 	}
 	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds >= 0 {
-		r.RetryAfter = min(time.Duration(seconds)*time.Second, time.Hour)
+		r.RetryAfter = time.Duration(min(seconds, 3600)) * time.Second
 	}
 	return r
 }

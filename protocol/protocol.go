@@ -63,6 +63,7 @@ const (
 	HeaderInstance = "Culvert-Instance" // random per agent process
 	HeaderProxy    = "Culvert-Proxy"    // random per proxy process
 	HeaderError    = "Culvert-Error"    // one of the Code constants
+	HeaderMessage  = "Culvert-Message"  // goes with it: the body's text in one line, for HEAD and reason phrases
 )
 
 // Code is the machine-readable reason of a refusal, sent in Culvert-Error.
@@ -154,6 +155,7 @@ func (r *Refusal) SetHeader(h http.Header) {
 	h.Set("Content-Type", "text/plain; charset=utf-8")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set(HeaderError, string(r.Code))
+	h.Set(HeaderMessage, oneLine(r.Message))
 	if r.Status == http.StatusUpgradeRequired {
 		h.Set("Connection", "Upgrade")
 		h.Set("Upgrade", UpgradeToken)
@@ -166,16 +168,37 @@ func (r *Refusal) SetHeader(h http.Header) {
 // Reason returns the refusal as a reason phrase (RFC 9112, section 4): one line
 // of printable ASCII, at most 400 bytes. Prometheus shows it as the scrape error.
 func (r *Refusal) Reason() string {
-	reason := string(r.Code) + ": " + r.Message
+	reason := oneLine(string(r.Code) + ": " + r.Message)
 	if len(reason) > 400 {
 		reason = reason[:397] + "..."
 	}
+	return reason
+}
+
+// oneLine replaces what a header field or a reason phrase can't carry.
+func oneLine(s string) string {
 	return strings.Map(func(c rune) rune {
 		if c < ' ' || c > '~' {
 			return '?'
 		}
 		return c
-	}, reason)
+	}, s)
+}
+
+// scrapeCodes are the codes that a scrape's refusal can have.
+var scrapeCodes = map[Code]bool{
+	CodeUnknownAgent: true, CodeAgentOffline: true, CodeNotAllowed: true, CodeTargetUnreachable: true, CodeTimeout: true,
+	CodeAgentBusy: true, CodeMisdirected: true, CodeBadResponse: true, CodeSessionLost: true, CodeBadRequest: true, CodeMismatch: true,
+	CodeMethod: true,
+}
+
+// Outcome returns the code as the value of a metric's label: "other" for one that
+// is not known here, so that the other side can't make series.
+func (c Code) Outcome() string {
+	if scrapeCodes[c] {
+		return string(c)
+	}
+	return "other"
 }
 
 // IsControl tells a control request (origin form) from a scrape (absolute form

@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"fmt"
+	"net/url"
 	"runtime/debug"
 	"strings"
 	"unicode/utf8"
@@ -58,31 +59,55 @@ type Target struct {
 // ScrapePath returns the path that discovery lists: the declared one, without
 // the "*" of a prefix.
 func (t Target) ScrapePath() string {
-	return strings.TrimSuffix(t.Path, "*")
+	if prefix, ok := strings.CutSuffix(t.Path, "/*"); ok {
+		return prefix + "/"
+	}
+	return t.Path
 }
 
 // Allows reports whether a request for path stays within the declared path. It
-// takes the path as it stands in the request: one with dot segments, whatever
-// their encoding, is never within a prefix.
+// takes the path as it stands in the request, escaped. Within a prefix it refuses
+// what the target, or something in front of it, may read as a step out: dot
+// segments and slashes, whatever their encoding, path parameters included.
 func (t Target) Allows(path string) bool {
-	prefix, open := strings.CutSuffix(t.Path, "*")
-	if !open || !strings.HasSuffix(prefix, "/") {
-		return path == t.Path
+	if !strings.HasSuffix(t.Path, "/*") {
+		// What is asked for is the declared path then, however this one is escaped.
+		return path == t.Path || unescaped(path) == unescaped(t.Path)
 	}
-	if !strings.HasPrefix(path, prefix) {
+	rest, ok := strings.CutPrefix(path, t.ScrapePath())
+	if !ok {
 		return false
 	}
-	for segment := range strings.SplitSeq(path[len(prefix):], "/") {
-		switch strings.ReplaceAll(strings.ToLower(segment), "%2e", ".") {
-		case ".", "..":
-			return false
-		}
-		// A target may decode an escaped slash and see more segments than stand here.
-		if s := strings.ToLower(segment); strings.Contains(s, "%2f") || strings.Contains(s, "%5c") || strings.ContainsRune(s, '\\') {
+	for segment := range strings.SplitSeq(rest, "/") {
+		if !harmless(segment) {
 			return false
 		}
 	}
 	return true
+}
+
+func unescaped(path string) string {
+	if plain, err := url.PathUnescape(path); err == nil {
+		return plain
+	}
+	return path
+}
+
+// harmless reports whether a segment of a path stays one ordinary segment, however
+// often it is unescaped.
+func harmless(segment string) bool {
+	for range 4 {
+		name, _, _ := strings.Cut(segment, ";") // servlet containers drop parameters first
+		if name == "." || name == ".." || strings.ContainsAny(segment, `/\`) {
+			return false
+		}
+		plain, err := url.PathUnescape(segment)
+		if err != nil || plain == segment {
+			return err == nil || !strings.Contains(segment, "%2") && !strings.Contains(segment, "%5")
+		}
+		segment = plain
+	}
+	return false
 }
 
 // Check reports the first field that is wrong, and why. Names have to be in

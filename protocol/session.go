@@ -25,6 +25,8 @@ var (
 	ErrSilent = errors.New("nothing was heard from the other side")
 	// ErrStuck: a frame could not be written for SessionConfig.DeadAfter.
 	ErrStuck = errors.New("the connection takes no data")
+	// ErrProtocol: what came are no frames of ours.
+	ErrProtocol = errors.New("the other side breaks the protocol")
 )
 
 // EndReason returns one word for the reason that ended a session: "closed",
@@ -49,8 +51,9 @@ type SessionConfig struct {
 	// DeadAfter ends a session that brought no frame, or took none, for so long.
 	// 60 s by default.
 	DeadAfter time.Duration
-	// MaxStreams bounds the streams of the session, of both sides together. 1024
-	// by default.
+	// MaxStreams bounds the streams of the session: Open fails when there are so
+	// many, of both sides together, and Accept takes no more of the other side's. As
+	// many again, at most 256, may wait for Accept. 1024 by default.
 	MaxStreams int
 	// StreamWindow is the receive window of a stream in bytes, and so bounds the
 	// throughput of one response to StreamWindow per round trip, and the memory
@@ -120,10 +123,12 @@ type Session struct {
 	mux    *yamux.Session
 	tasks  sync.WaitGroup // goroutines of this session
 	rtt    atomic.Int64   // nanoseconds, of the last ping
+	taken  chan struct{}  // a token for each accepted stream that is open
 
 	mu      sync.Mutex // protects what follows
 	err     error
 	closed  bool
+	opening int // calls of OpenStream that have not returned
 	streams map[*Stream]struct{}
 	dead    *time.Timer // fires when the session may have been silent for DeadAfter
 	shrink  *time.Timer // armed while there are streams
@@ -135,8 +140,10 @@ func newSession(conn *frameConn, config SessionConfig, dialled bool) (*Session, 
 	s := &Session{config: config, conn: conn, streams: map[*Stream]struct{}{}}
 	conn.stats = config.Stats
 	conn.lastRead.Store(time.Now().UnixNano())
+	s.taken = make(chan struct{}, config.MaxStreams)
 	yc := yamux.DefaultConfig()
-	yc.EnableKeepAlive = false // ours has jitter, and counts any frame as a sign of life
+	yc.AcceptBacklog = min(256, config.MaxStreams) // yamux resets what goes beyond
+	yc.EnableKeepAlive = false                     // ours has jitter, and counts any frame as a sign of life
 	yc.ConnectionWriteTimeout = config.DeadAfter
 	yc.StreamOpenTimeout = 0 // it would close the whole session
 	yc.StreamCloseTimeout = streamCloseTimeout
@@ -165,9 +172,13 @@ func newSession(conn *frameConn, config SessionConfig, dialled bool) (*Session, 
 // Open opens a stream. It gives up when ctx ends, returns ErrTooManyStreams at
 // the limit, and an error that wraps Err once the session has ended.
 func (s *Session) Open(ctx context.Context) (net.Conn, error) {
-	if n := s.mux.NumStreams(); n >= s.config.MaxStreams {
+	s.mu.Lock()
+	if n := s.mux.NumStreams() + s.opening; n >= s.config.MaxStreams {
+		s.mu.Unlock()
 		return nil, fmt.Errorf("%w: %d", ErrTooManyStreams, n)
 	}
+	s.opening++
+	s.mu.Unlock()
 	type result struct {
 		stream *yamux.Stream
 		err    error
@@ -176,6 +187,10 @@ func (s *Session) Open(ctx context.Context) (net.Conn, error) {
 	// OpenStream waits without a context for the connection to take the frame.
 	if !s.start(func() {
 		stream, err := s.mux.OpenStream()
+		s.opened()
+		if err != nil {
+			err = s.streamError(err) // whether somebody still waits or not
+		}
 		select {
 		case opened <- result{stream, err}:
 		case <-ctx.Done():
@@ -184,30 +199,46 @@ func (s *Session) Open(ctx context.Context) (net.Conn, error) {
 			}
 		}
 	}) {
+		s.opened()
 		return nil, s.endError()
 	}
 	select {
 	case r := <-opened:
 		if r.err != nil {
-			return nil, s.streamError(r.err)
+			return nil, r.err
 		}
-		return s.wrap(r.stream), nil
+		return s.wrap(r.stream, false), nil
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
 }
 
-// Accept returns the next stream that the other side opened. It returns an
-// error that wraps Err once the session has ended, ctx's cause when that ends.
+func (s *Session) opened() {
+	s.mu.Lock()
+	s.opening--
+	s.mu.Unlock()
+}
+
+// Accept returns the next stream that the other side opened; at the limit it
+// waits until one is closed. It returns an error that wraps Err once the session
+// has ended, ctx's cause when that ends.
 func (s *Session) Accept(ctx context.Context) (net.Conn, error) {
+	select {
+	case s.taken <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	case <-s.Done():
+		return nil, s.endError()
+	}
 	stream, err := s.mux.AcceptStreamWithContext(ctx)
 	if err != nil {
+		<-s.taken
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
 		return nil, s.streamError(err)
 	}
-	return s.wrap(stream), nil
+	return s.wrap(stream, true), nil
 }
 
 // Ping measures the round trip. It waits until ctx ends.
@@ -219,6 +250,12 @@ func (s *Session) Ping(ctx context.Context) (time.Duration, error) {
 	pinged := make(chan result, 1)
 	if !s.start(func() {
 		rtt, err := s.mux.Ping()
+		switch {
+		case errors.Is(err, yamux.ErrTimeout): // DeadAfter has passed
+			err = s.fail(ErrStuck)
+		case err != nil:
+			err = s.streamError(err)
+		}
 		pinged <- result{rtt, err}
 	}) {
 		return 0, s.endError()
@@ -226,7 +263,7 @@ func (s *Session) Ping(ctx context.Context) (time.Duration, error) {
 	select {
 	case r := <-pinged:
 		if r.err != nil {
-			return 0, s.streamError(r.err)
+			return 0, r.err
 		}
 		s.rtt.Store(int64(r.rtt))
 		return r.rtt, nil
@@ -256,10 +293,22 @@ func (s *Session) Err() error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.err != nil {
-		return s.err
+	if s.err == nil {
+		s.err = s.conn.endCause(s.muxError())
 	}
-	return s.conn.endCause()
+	return s.err
+}
+
+// muxError returns why yamux ended. It must have.
+func (s *Session) muxError() error {
+	// Streams that nobody accepted may come first: at most the backlog, with
+	// ErrSessionShutdown.
+	for range 1024 {
+		if _, err := s.mux.AcceptStream(); err != nil && !errors.Is(err, yamux.ErrSessionShutdown) {
+			return err
+		}
+	}
+	return yamux.ErrSessionShutdown
 }
 
 // Close ends the session and all its streams, and waits until its goroutines
@@ -310,21 +359,37 @@ func (s *Session) endError() error {
 func (s *Session) streamError(err error) error {
 	switch {
 	case errors.Is(err, yamux.ErrConnectionWriteTimeout):
-		go s.end(ErrStuck)
-		return fmt.Errorf("session ended: %w", ErrStuck)
+		return s.fail(ErrStuck)
+	case errors.Is(err, yamux.ErrRemoteGoAway):
+		return s.fail(fmt.Errorf("%w: it takes no more streams", ErrPeerClosed))
 	case errors.Is(err, yamux.ErrSessionShutdown), s.mux.IsClosed():
 		return s.endError()
+	case errors.Is(err, yamux.ErrStreamClosed), errors.Is(err, yamux.ErrConnectionReset), errors.Is(err, yamux.ErrStreamsExhausted):
+		return err
 	}
-	return err
+	// What is left comes from the connection, and yamux is about to end.
+	return fmt.Errorf("session ended: %w: %w", ErrPeerClosed, err)
 }
 
-// checkSilence runs when DeadAfter has passed since the last frame that was
-// known when the timer was set.
+// fail ends the session from within.
+func (s *Session) fail(reason error) error {
+	go s.end(reason) // it waits for the goroutine that may have called
+	return fmt.Errorf("session ended: %w", reason)
+}
+
+// checkSilence runs when DeadAfter has passed since the last frame, or the last
+// start of a write, that was known when the timer was set.
 func (s *Session) checkSilence() {
 	silent := time.Since(s.LastHeard())
-	if silent >= s.config.DeadAfter {
+	if stuck := s.conn.writingFor(); stuck >= s.config.DeadAfter {
+		// Those who wrote may have given up long ago.
+		s.end(ErrStuck)
+		return
+	} else if silent >= s.config.DeadAfter {
 		s.end(ErrSilent)
 		return
+	} else {
+		silent = max(silent, stuck)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -351,8 +416,8 @@ func (s *Session) pingLoop() {
 }
 
 // wrap registers a stream.
-func (s *Session) wrap(y *yamux.Stream) *Stream {
-	st := &Stream{mux: y, session: s}
+func (s *Session) wrap(y *yamux.Stream, accepted bool) *Stream {
+	st := &Stream{mux: y, session: s, accepted: accepted}
 	st.lastUse.Store(time.Now().UnixNano())
 	s.config.Stats.Streams.Add(1)
 	s.mu.Lock()
@@ -414,7 +479,9 @@ type Stream struct {
 	session *Session
 	lastUse atomic.Int64 // Unix nanoseconds
 	closing atomic.Bool
+	halved  atomic.Int64 // Unix nanoseconds of CloseWrite, 0: never
 
+	accepted bool  // opened by the other side
 	shrunkAt int64 // lastUse when it was shrunk last; protected by session.mu
 }
 
@@ -430,7 +497,7 @@ func (st *Stream) Read(p []byte) (int, error) {
 	if n > 0 {
 		st.lastUse.Store(time.Now().UnixNano())
 	}
-	if err == io.EOF && st.session.mux.IsClosed() {
+	if err == io.EOF && (st.session.mux.IsClosed() || st.givenUp()) {
 		err = io.ErrUnexpectedEOF
 	} else if err != nil && err != io.EOF {
 		err = st.error(err)
@@ -438,9 +505,19 @@ func (st *Stream) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// givenUp reports whether the stream was closed for writing so long ago that yamux
+// may have reset it, which reads like the other side's end.
+func (st *Stream) givenUp() bool {
+	halved := st.halved.Load()
+	return halved != 0 && time.Since(time.Unix(0, halved)) >= streamCloseTimeout
+}
+
 func (st *Stream) Write(p []byte) (int, error) {
 	total := 0
 	for {
+		if st.closing.Load() {
+			return total, net.ErrClosed
+		}
 		n, err := st.mux.Write(p[:min(len(p), copySize)])
 		total += n
 		if err != nil {
@@ -457,16 +534,18 @@ func (st *Stream) error(err error) error {
 	if st.closing.Load() {
 		return net.ErrClosed
 	}
-	var timeout net.Error
-	if errors.As(err, &timeout) {
-		return err // net/http asks for Timeout()
+	if errors.Is(err, yamux.ErrTimeout) {
+		return err // a net.Error, as net/http wants it
 	}
 	return st.session.streamError(err)
 }
 
 // CloseWrite tells the other side that no more data comes. What it still sends
-// can be read for 10 s.
-func (st *Stream) CloseWrite() error { return st.mux.Close() }
+// can be read for 10 s; a read after that returns io.ErrUnexpectedEOF.
+func (st *Stream) CloseWrite() error {
+	st.halved.CompareAndSwap(0, time.Now().UnixNano())
+	return st.mux.Close()
+}
 
 // Close returns at once: where the connection is stuck, the FIN would wait.
 func (st *Stream) Close() error {
@@ -478,7 +557,10 @@ func (st *Stream) Close() error {
 	s.mu.Lock()
 	delete(s.streams, st)
 	s.mu.Unlock()
-	st.mux.SetReadDeadline(time.Unix(1, 0)) // wakes a reader
+	if st.accepted {
+		<-s.taken
+	}
+	st.mux.SetDeadline(time.Unix(1, 0)) // wakes who reads or writes
 	if !s.start(func() { st.mux.Close() }) {
 		st.mux.Close() // the session has ended, nothing to wait for
 	}

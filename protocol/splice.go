@@ -35,12 +35,17 @@ func (bufferPool) Put(b []byte) {
 // ErrIdle is returned by Splice when nothing went either way for the idle timeout.
 var ErrIdle = errors.New("nothing went through for the idle timeout")
 
+// halfIdle is the idle timeout once one side has ended.
+const halfIdle = streamCloseTimeout
+
 // Splice copies bytes both ways until both sides have ended, one fails, or
-// nothing went either way for idle. It closes both connections and returns how
-// many bytes went from b to a, and nil where both ended in good order.
+// nothing went either way for idle, or for 10 s once one side has ended. It closes
+// both connections and returns how many bytes went from b to a, and nil where both
+// ended in good order.
 func Splice(a, b net.Conn, idle time.Duration) (int64, error) {
-	var last atomic.Int64 // when data went through, either way
-	last.Store(time.Now().UnixNano())
+	s := &splicing{}
+	s.last.Store(time.Now().UnixNano())
+	s.idle.Store(int64(idle))
 	var toA int64
 	var errA, errB error
 	var closing sync.Once
@@ -48,12 +53,12 @@ func Splice(a, b net.Conn, idle time.Duration) (int64, error) {
 	defer closing.Do(closeBoth)
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if toA, errA = copyActive(a, b, idle, &last); errA != nil {
+		if toA, errA = s.copy(a, b); errA != nil {
 			closing.Do(closeBoth)
 		}
 	})
 	wg.Go(func() {
-		if _, errB = copyActive(b, a, idle, &last); errB != nil {
+		if _, errB = s.copy(b, a); errB != nil {
 			closing.Do(closeBoth)
 		}
 	})
@@ -67,17 +72,27 @@ func Splice(a, b net.Conn, idle time.Duration) (int64, error) {
 	return toA, errors.Join(errA, errB)
 }
 
-// copyActive copies src to dst until src ends, which it passes on to dst.
-func copyActive(dst, src net.Conn, idle time.Duration, last *atomic.Int64) (int64, error) {
+// splicing is what both directions share.
+type splicing struct {
+	last atomic.Int64 // when data went through, either way; Unix nanoseconds
+	idle atomic.Int64 // nanoseconds
+}
+
+func (s *splicing) deadline() time.Time {
+	return time.Unix(0, s.last.Load()+s.idle.Load())
+}
+
+// copy copies src to dst until src ends, which it passes on to dst.
+func (s *splicing) copy(dst, src net.Conn) (int64, error) {
 	buf := Buffers.Get()
 	defer Buffers.Put(buf)
 	var total int64
 	for {
-		src.SetReadDeadline(time.Unix(0, last.Load()).Add(idle))
+		src.SetReadDeadline(s.deadline())
 		n, err := src.Read(buf)
 		if n > 0 {
-			last.Store(time.Now().UnixNano())
-			dst.SetWriteDeadline(time.Now().Add(idle))
+			s.last.Store(time.Now().UnixNano())
+			dst.SetWriteDeadline(s.deadline())
 			if _, werr := dst.Write(buf[:n]); werr != nil {
 				return total, werr
 			}
@@ -87,12 +102,16 @@ func copyActive(dst, src net.Conn, idle time.Duration, last *atomic.Int64) (int6
 		switch {
 		case err == nil:
 		case err == io.EOF:
-			if half, ok := dst.(interface{ CloseWrite() error }); ok {
-				return total, half.CloseWrite()
+			half, ok := dst.(interface{ CloseWrite() error })
+			if !ok {
+				return total, dst.Close()
 			}
-			return total, dst.Close()
+			err := half.CloseWrite()
+			s.idle.Store(min(s.idle.Load(), int64(halfIdle)))
+			dst.SetReadDeadline(s.deadline()) // of the other direction, which may be waiting
+			return total, err
 		case errors.As(err, &timeout) && timeout.Timeout():
-			if time.Since(time.Unix(0, last.Load())) >= idle {
+			if !time.Now().Before(s.deadline()) {
 				return total, ErrIdle
 			}
 		default:

@@ -22,6 +22,8 @@ const (
 	takenWait = 10 * time.Second
 	// registerTimeout bounds a registration.
 	registerTimeout = 15 * time.Second
+	// drainTimeout bounds the word to the proxy that the agent goes.
+	drainTimeout = 3 * time.Second
 	// repeatLog is how often a failure that stays the same is logged again.
 	repeatLog = 10 * time.Minute
 )
@@ -36,7 +38,8 @@ type link struct {
 
 	connected atomic.Bool
 
-	wake chan struct{} // cuts a wait short
+	wake        chan struct{} // cuts a wait short
+	registering sync.Mutex    // held during a registration in place
 
 	mu      sync.Mutex // protects what follows
 	session *protocol.Session
@@ -62,7 +65,7 @@ func (l *link) run(ctx context.Context) {
 		wait := time.Duration(0) // at least
 		if err == nil {
 			since := time.Now()
-			wait = l.serve(ctx, session)
+			wait = l.serve(ctx, session, snap)
 			if ctx.Err() != nil {
 				return
 			}
@@ -152,8 +155,8 @@ func (l *link) failed(err error) time.Duration {
 	} else if errors.As(err, &same) {
 		wait = slowly(slowWait)
 	}
-	if refusal, ok := protocol.AsRefusal(err); ok && refusal.Code == "" && wait == 0 {
-		wait = slowly(takenWait) // something between us answered
+	if refusal, ok := protocol.AsRefusal(err); ok && refusal.Code == "" {
+		wait = max(wait, slowly(takenWait)) // something between us answered
 	}
 	attrs := []any{"agent", l.agent.Name(), "err", err}
 	if hint != "" {
@@ -171,18 +174,22 @@ func (l *link) failed(err error) time.Duration {
 // slowly returns mean ±50 %.
 func slowly(mean time.Duration) time.Duration { return mean/2 + rand.N(mean) }
 
-// serve answers scrapes until the session ends, the proxy drains it or ctx
-// ends. It returns how long to wait before the next try, 0 for the backoff.
-func (l *link) serve(ctx context.Context, session *protocol.Session) time.Duration {
+// serve answers scrapes until the session ends, the proxy drains it or ctx ends.
+// snap is what was registered. It returns how long to wait before the next try, 0 for the backoff.
+func (l *link) serve(ctx context.Context, session *protocol.Session, snap *snapshot) time.Duration {
 	l.lastFailure = ""
 	drained := make(chan protocol.Drain, 1)
+	handler := &sessionHandler{agent: l.agent, drained: drained}
 	server := &http.Server{
-		Handler:           &sessionHandler{agent: l.agent, drained: drained},
+		Handler:           handler,
 		ReadHeaderTimeout: 10 * time.Second,
 		ErrorLog:          slog.NewLogLogger(l.logger().Handler(), slog.LevelDebug),
 	}
 	l.agent.tasks.Go(func() { server.Serve(session.Listener()) })
 	l.setSession(session)
+	if now := l.agent.current.Load(); now != snap {
+		l.reload(snap, now) // a reload that found no session here
+	}
 	l.logger().Info("Connected", "agent", session.Agent, "transport", session.Transport)
 
 	select {
@@ -204,32 +211,56 @@ func (l *link) serve(ctx context.Context, session *protocol.Session) time.Durati
 		l.agent.tasks.Go(func() {
 			select {
 			case <-session.Done():
+				server.Close()
+				session.Close()
 			case <-ctx.Done():
+				l.finish(session, server, handler)
 			}
-			server.Close()
-			session.Close()
 		})
-		if d.ReconnectAfterSeconds > 0 {
-			return 1 + rand.N(time.Duration(min(d.ReconnectAfterSeconds, 3600)*float64(time.Second)))
+		if spread := time.Duration(min(d.ReconnectAfterSeconds, 3600) * float64(time.Second)); spread > 0 {
+			return 1 + rand.N(spread) // 0 would leave it to the backoff
 		}
 		return 0
 	case <-ctx.Done():
 		l.setSession(nil)
 		l.agent.release(session.Proxy, l)
-		snap := l.agent.current.Load()
-		stopCtx, cancel := context.WithTimeout(context.Background(), snap.ShutdownTimeout)
+		drainCtx, cancel := context.WithTimeout(context.Background(), drainTimeout)
 		defer cancel()
-		if err := session.SendDrain(stopCtx, protocol.Drain{Reason: "shutdown"}); err != nil {
+		if err := session.SendDrain(drainCtx, protocol.Drain{Reason: "shutdown"}); err != nil {
 			l.logger().Debug("The proxy did not take the drain", "err", err)
 		}
-		if err := server.Shutdown(stopCtx); err != nil {
-			l.logger().Warn("Scrapes were cut off", "timeout", snap.ShutdownTimeout)
-			server.Close()
-		}
-		session.Close()
+		l.finish(session, server, handler)
 		l.logger().Info("Disconnected", "agent", session.Agent)
 		return 0
 	}
+}
+
+// finish lets running scrapes end, for at most ShutdownTimeout, and closes the
+// session once the proxy has all of them.
+func (l *link) finish(session *protocol.Session, server *http.Server, handler *sessionHandler) {
+	timeout := l.agent.current.Load().ShutdownTimeout
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	idle := make(chan struct{})
+	l.agent.tasks.Go(func() { // ends with the session at the latest
+		handler.running.Wait() // the proxy closes CONNECT tunnels as they fall silent
+		close(idle)
+	})
+	err := server.Shutdown(ctx)
+	select {
+	case <-idle:
+		// The answer comes behind all data: a close before it could reset the
+		// connection, and take along what is still in the kernel's buffer.
+		session.Ping(ctx)
+	case <-session.Done():
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	if err != nil {
+		l.logger().Warn("Scrapes were cut off", "timeout", timeout)
+	}
+	server.Close()
+	session.Close()
 }
 
 func (l *link) setSession(s *protocol.Session) {
@@ -245,7 +276,7 @@ func (l *link) currentSession() *protocol.Session {
 	return l.session
 }
 
-// reload brings the registration up to date. It is called with the agent's mu held.
+// reload brings the registration up to date.
 func (l *link) reload(old, new *snapshot) {
 	session := l.currentSession()
 	if session == nil {
@@ -260,9 +291,13 @@ func (l *link) reload(old, new *snapshot) {
 		return
 	}
 	l.agent.tasks.Go(func() {
+		l.registering.Lock()
+		defer l.registering.Unlock()
+		// Of reloads that follow each other the last one counts.
+		latest := l.agent.current.Load()
 		ctx, cancel := context.WithTimeout(l.agent.running, registerTimeout)
 		defer cancel()
-		if err := session.Register(ctx, &new.registration); err != nil {
+		if err := session.Register(ctx, &latest.registration); err != nil {
 			l.logger().Error("The proxy refused the new registration, the old one stays there", "err", err)
 			return
 		}

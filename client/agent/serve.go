@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"sync"
 	"time"
 
 	"github.com/culvert-io/culvert/protocol"
@@ -21,6 +22,7 @@ const connectIdle = 10 * time.Minute
 type sessionHandler struct {
 	agent   *Agent
 	drained chan<- protocol.Drain
+	running sync.WaitGroup // scrapes; http.Server doesn't wait for CONNECT
 }
 
 // ServeHTTP tells control from scrapes by the first byte of the request target,
@@ -31,6 +33,8 @@ func (h *sessionHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.control(w, r)
 		return
 	}
+	h.running.Add(1)
+	defer h.running.Done()
 	start := time.Now()
 	m := h.agent.metrics
 	m.inFlight.Inc()
@@ -83,7 +87,7 @@ func (s *snapshot) scrape(w http.ResponseWriter, r *http.Request) (kind, outcome
 		if t.handler != nil {
 			return "target", s.serveLocally(t.handler, w, r)
 		}
-		return "target", s.forward(w, r, t, t.resolve(r), t.owns, "target \""+targetName+"\"")
+		return "target", s.forward(w, r, t, t.resolve(r), t.owned, "target \""+targetName+"\"")
 	}
 	_, _, ok := s.address(name)
 	if !ok {
@@ -97,7 +101,7 @@ func (s *snapshot) scrape(w http.ResponseWriter, r *http.Request) (kind, outcome
 	}
 	u := *r.URL
 	u.Host, u.User = net.JoinHostPort(name, port), nil
-	return "port", s.forward(w, r, s.ports, &u, false, "port "+port+" of \""+name+"\"")
+	return "port", s.forward(w, r, s.ports, &u, nil, "port "+port+" of \""+name+"\"")
 }
 
 // scrapeSelf serves the target "agent".
@@ -123,7 +127,7 @@ func (s *snapshot) serveLocally(h http.Handler, w http.ResponseWriter, r *http.R
 }
 
 // forward sends the request to u and the response back, without buffering it.
-func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.RoundTripper, u *url.URL, dropAuthorization bool, what string) string {
+func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.RoundTripper, u *url.URL, owned []string, what string) string {
 	outcome := outcomeOK
 	proxy := httputil.ReverseProxy{
 		Transport:  via,
@@ -139,8 +143,8 @@ func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.Roun
 			// ReverseProxy would pass an upgrade on.
 			pr.Out.Header.Del("Connection")
 			pr.Out.Header.Del("Upgrade")
-			if dropAuthorization {
-				pr.Out.Header.Del("Authorization")
+			for _, name := range owned {
+				pr.Out.Header.Del(name)
 			}
 		},
 		ModifyResponse: func(resp *http.Response) error {
@@ -148,6 +152,7 @@ func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.Roun
 				return protocol.Refusef(http.StatusBadGateway, protocol.CodeTargetUnreachable, "%s switched protocols without being asked", what)
 			}
 			resp.Header.Del(protocol.HeaderError) // a target must not speak for the agent
+			resp.Header.Del(protocol.HeaderMessage)
 			resp.Body = &countedBody{ReadCloser: resp.Body, agent: s.agent}
 			return nil
 		},

@@ -3,8 +3,10 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 
 	"github.com/prometheus/common/config"
@@ -19,8 +21,8 @@ type target struct {
 	query     url.Values
 	transport http.RoundTripper
 	handler   http.Handler
-	follow    bool // redirects, as far as the declared path allows
-	owns      bool // the agent has credentials for it
+	follow    bool     // redirects, as far as the declared path allows
+	owned     []string // header fields that the agent sets, and the scraper must not
 }
 
 func newTarget(c Target) (*target, error) {
@@ -72,7 +74,12 @@ func newTarget(c Target) (*target, error) {
 		return nil, err
 	}
 	t.follow = hc.FollowRedirects
-	t.owns = hc.BasicAuth != nil || hc.Authorization != nil || hc.OAuth2 != nil
+	if hc.BasicAuth != nil || hc.Authorization != nil || hc.OAuth2 != nil {
+		t.owned = append(t.owned, "Authorization")
+	}
+	if hc.HTTPHeaders != nil {
+		t.owned = slices.AppendSeq(t.owned, maps.Keys(hc.HTTPHeaders.Headers))
+	}
 	t.transport, err = config.NewRoundTripperFromConfig(hc, "culvert_client", config.WithHTTP2Disabled())
 	return t, err
 }

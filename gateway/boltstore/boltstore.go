@@ -52,7 +52,9 @@ func OpenDB(path string, read func(*bolt.DB) error) (db *bolt.DB, err error) {
 			err = fmt.Errorf("%s: %w (%w)", path, ErrDamaged, err)
 		}
 	}()
-	db, err = bolt.Open(path, 0o600, &bolt.Options{Timeout: 2 * time.Second, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
+	// With NoFreelistSync bbolt would walk all pages here, in a goroutine of its
+	// own, whose panics nobody could recover from.
+	db, err = bolt.Open(path, 0o600, &bolt.Options{Timeout: 2 * time.Second, FreelistType: bolt.FreelistMapType})
 	if err != nil {
 		return nil, err
 	}

@@ -142,10 +142,18 @@ func (f *Fleet) Run(ctx context.Context) {
 	// stored yet has to get a chance to come back.
 	tick := time.NewTicker(max(min(f.config.ForgetAfter/10, time.Minute), 10*time.Millisecond))
 	defer tick.Stop()
+	settle := time.NewTicker(max(f.config.SettleTime/20, 10*time.Millisecond))
+	defer settle.Stop()
 	for {
 		select {
 		case <-ctx.Done():
+			f.noteSettled()
 			return
+		case <-settle.C:
+			if f.noteSettled() {
+				settle.Stop()
+			}
+			continue
 		case <-tick.C:
 		}
 		for _, name := range f.expired(time.Now()) {
@@ -154,6 +162,20 @@ func (f *Fleet) Run(ctx context.Context) {
 			}
 		}
 	}
+}
+
+// noteSettled stores that the list can be trusted, once it can. It returns true
+// when there is nothing left to do.
+func (f *Fleet) noteSettled() bool {
+	settled, _ := f.Settled()
+	if !settled || f.stored || f.store == nil {
+		return settled
+	}
+	if err := f.store.setSettled(); err != nil {
+		f.config.Logger.Error("The list of known agents could not be marked as complete", "err", err)
+		return false
+	}
+	return true
 }
 
 func (f *Fleet) expired(now time.Time) []string {

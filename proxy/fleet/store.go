@@ -6,14 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
 
+	"github.com/culvert-io/culvert/gateway/boltstore"
 	"github.com/culvert-io/culvert/protocol"
 )
 
@@ -51,56 +49,56 @@ type store struct {
 	closed  bool
 }
 
-// openStore opens the file, or creates it. It reports whether a list was there.
-// A file that is damaged is left as it is, and an error returned.
-func openStore(path string, logger *slog.Logger) (s *store, records []record, existed bool, err error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
-		return nil, nil, false, err
-	}
-	var db *bolt.DB
-	defer func() {
-		// bbolt panics on some kinds of damage.
-		if p := recover(); p != nil {
-			if db != nil {
-				db.Close()
+// ErrInUse is returned by Open where another process has the store's file.
+var ErrInUse = boltstore.ErrInUse
+
+// settledKey is in the bucket "fleet" once the list of agents could be trusted.
+var (
+	fleetBucket = []byte("fleet")
+	settledKey  = []byte("settled")
+)
+
+// openStore opens the file, or creates it. It reports whether a list that can be
+// trusted was there. Errors are those of boltstore.OpenDB.
+func openStore(path string, logger *slog.Logger) (s *store, records []record, settled bool, err error) {
+	db, err := boltstore.OpenDB(path, func(db *bolt.DB) error {
+		return db.Update(func(tx *bolt.Tx) error {
+			about, err := tx.CreateBucketIfNotExists(fleetBucket)
+			if err != nil {
+				return err
 			}
-			s, err = nil, fmt.Errorf("%s is damaged: %v; move it away to start with an empty list", path, p)
-		}
-	}()
-	db, err = bolt.Open(path, 0o600, &bolt.Options{Timeout: 2 * time.Second, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
-	if errors.Is(err, berrors.ErrTimeout) {
-		return nil, nil, false, fmt.Errorf("%s: %w", path, ErrInUse)
-	}
-	if err != nil {
-		return nil, nil, false, fmt.Errorf("open %s: %w; move it away to start with an empty list", path, err)
-	}
-	err = db.Update(func(tx *bolt.Tx) error {
-		b := tx.Bucket(agentsBucket)
-		existed = b != nil
-		if !existed {
-			_, err := tx.CreateBucket(agentsBucket)
-			return err
-		}
-		return b.ForEach(func(k, v []byte) error {
-			var rec record
-			if err := json.Unmarshal(v, &rec); err != nil || rec.Name != string(k) {
-				return fmt.Errorf("record of agent %q: %v", k, err)
+			settled = about.Get(settledKey) != nil
+			agents, err := tx.CreateBucketIfNotExists(agentsBucket)
+			if err != nil {
+				return err
 			}
-			records = append(records, rec)
-			return nil
+			return agents.ForEach(func(k, v []byte) error {
+				var rec record
+				if err := json.Unmarshal(v, &rec); err != nil {
+					return fmt.Errorf("record of agent %q: %w", k, err)
+				}
+				if rec.Name != string(k) || protocol.CheckName(rec.Name) != nil || rec.Registration.Check(rec.Name) != nil {
+					return fmt.Errorf("record of agent %q: it is not one", k)
+				}
+				records = append(records, rec)
+				return nil
+			})
 		})
 	})
 	if err != nil {
-		db.Close()
-		return nil, nil, false, fmt.Errorf("read %s: %w; move it away to start with an empty list", path, err)
+		return nil, nil, false, err
 	}
 	s = &store{db: db, logger: logger, work: make(chan struct{}, 1), done: make(chan struct{}), pending: map[string]record{}}
 	go s.run()
-	return s, records, existed, nil
+	return s, records, settled, nil
 }
 
-// ErrInUse is returned by Open where another process has the store's file.
-var ErrInUse = errors.New("another process uses this file; give each proxy a --storage.path of its own")
+// setSettled notes that the stored list can be trusted.
+func (s *store) setSettled() error {
+	return s.db.Update(func(tx *bolt.Tx) error {
+		return tx.Bucket(fleetBucket).Put(settledKey, []byte("1"))
+	})
+}
 
 // save writes a record and waits until it is on disk, or ctx ends.
 func (s *store) save(ctx context.Context, rec record) error {

@@ -15,8 +15,9 @@ import (
 
 // tunnel is an open CONNECT tunnel.
 type tunnel struct {
-	conn   *fleet.Conn
-	stream *protocol.Stream
+	conn    *fleet.Conn
+	stream  *protocol.Stream
+	scraper net.Conn
 }
 
 // connect serves CONNECT NAME:PORT.
@@ -35,7 +36,7 @@ func (s *Server) connect(w http.ResponseWriter, r *http.Request) {
 func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, func()) {
 	refuse := func(refusal *protocol.Refusal) (string, func()) {
 		s.refuse(w, r, refusal)
-		return string(refusal.Code), nil
+		return refusal.Code.Outcome(), nil
 	}
 	name, port := protocol.SplitAuthority(r.RequestURI)
 	if port == "" {
@@ -72,7 +73,7 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 		stream.Close()
 		return refuse(protocol.Refusef(http.StatusInternalServerError, protocol.CodeBadRequest, "CONNECT: %v", err))
 	}
-	t := &tunnel{conn: conn, stream: stream}
+	t := &tunnel{conn: conn, stream: stream, scraper: &resettable{scraper, conn.Session}}
 	s.mu.Lock()
 	s.tunnels[t] = struct{}{}
 	s.mu.Unlock()
@@ -99,7 +100,7 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 			return
 		}
 		scraper.SetDeadline(time.Time{})
-		n, err := protocol.Splice(&resettable{scraper, conn.Session}, stream, s.config.ConnectIdleTimeout)
+		n, err := protocol.Splice(t.scraper, stream, s.config.ConnectIdleTimeout)
 		s.metrics.bytes.Add(float64(n))
 		if err != nil {
 			s.logger.Debug("CONNECT tunnel ended", "target", r.RequestURI, "agent", agent.Name, "err", err)
@@ -112,8 +113,7 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 func (s *Server) dialAgent(ctx context.Context, conn *fleet.Conn, authority string, route fleet.Route, agent *fleet.Agent, timeout time.Duration) (*protocol.Stream, *bufio.Reader, *protocol.Refusal) {
 	opened, err := conn.Open(ctx)
 	if err != nil {
-		sc := &scrape{server: s, route: route, agent: agent, timeout: timeout}
-		return nil, nil, sc.refusal(ctx, err)
+		return nil, nil, s.explain(ctx, err, route, agent, conn, timeout)
 	}
 	stream := opened.(*protocol.Stream)
 	stop := context.AfterFunc(ctx, func() { stream.Close() })
@@ -126,8 +126,7 @@ func (s *Server) dialAgent(ctx context.Context, conn *fleet.Conn, authority stri
 	var refusal *protocol.Refusal
 	switch {
 	case err != nil:
-		sc := &scrape{server: s, route: route, agent: agent, timeout: timeout}
-		refusal = sc.refusal(ctx, err)
+		refusal = s.explain(ctx, err, route, agent, conn, timeout)
 	case resp.StatusCode == http.StatusOK:
 		if stop() {
 			return stream, r, nil
@@ -159,7 +158,7 @@ func (c *resettable) CloseWrite() error {
 
 func (c *resettable) Close() error {
 	if c.session.Err() != nil {
-		protocol.ResetOnClose(c.Conn)
+		protocol.Reset(c.Conn)
 	}
 	return c.Conn.Close()
 }
@@ -177,6 +176,7 @@ func (s *Server) closeTunnels(ctx context.Context, match func(*tunnel) bool) {
 			left++
 			if t.stream.Idle() >= time.Second || ctx.Err() != nil {
 				t.stream.Close()
+				t.scraper.Close()
 			}
 		}
 		s.mu.Unlock()

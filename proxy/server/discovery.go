@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql/parser"
 
@@ -70,8 +71,10 @@ func (s *Server) serveTargets(w http.ResponseWriter, r *http.Request) {
 			group.Labels["__scheme__"] = "http" // the agent holds the target's TLS
 			group.Labels["__metrics_path__"] = unescape(t.ScrapePath())
 			for name, values := range t.Params {
-				if len(values) > 0 {
-					group.Labels["__param_"+name] = values[0] // Prometheus knows one
+				// The agent adds what it declared; a label is for people and relabelling,
+				// and one bad name makes Prometheus refuse the whole list.
+				if label := "__param_" + name; len(values) > 0 && model.LegacyValidation.IsValidLabelName(label) {
+					group.Labels[label] = values[0] // Prometheus knows one
 				}
 			}
 			if mode == "path" {

@@ -38,6 +38,7 @@ type scrape struct {
 	start   time.Time
 
 	agent   *fleet.Agent // that serves it, once it is known
+	conn    *fleet.Conn
 	outcome string
 }
 
@@ -64,7 +65,7 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 			}
 			if conn, ok := r.Context().Value(rawConnKey{}).(net.Conn); ok && !r.ProtoAtLeast(1, 1) {
 				// HTTP/1.0 has no end mark but the end of the connection.
-				protocol.ResetOnClose(conn)
+				protocol.Reset(conn)
 			}
 		}
 		s.metrics.scrapes.WithLabelValues(sc.mode, sc.outcome).Inc()
@@ -107,10 +108,13 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 				sc.outcome = outcomeCancelled
 				panic(http.ErrAbortHandler)
 			}
-			sc.refuse(w, r, sc.refusal(ctx, err))
+			sc.refuse(w, r, s.explain(ctx, err, sc.route, sc.agent, sc.conn, sc.timeout))
 		},
 	}
-	proxy.ServeHTTP(w, r.WithContext(ctx))
+	if s.running.TryRLock() { // a shutdown waits for it, unless that has begun
+		defer s.running.RUnlock()
+	}
+	proxy.ServeHTTP(finalOnly{w}, r.WithContext(ctx))
 	finished = true
 }
 
@@ -124,7 +128,10 @@ func (sc *scrape) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		resp, err := conn.Transport.RoundTrip(req)
 		if err == nil {
-			return resp, nil
+			// A copy gets no trailers: net/http adds them to the original.
+			final := *resp
+			final.Trailer = nil
+			return &final, nil
 		}
 		harmless := (req.Method == http.MethodGet || req.Method == http.MethodHead) && req.Body == nil
 		if try == 2 || !harmless || conn.Err() == nil || req.Context().Err() != nil {
@@ -146,9 +153,9 @@ func (sc *scrape) acquire(ctx context.Context) (*fleet.Conn, error) {
 	}
 	if err := sc.server.takePlace(ctx, agent.Scrapes); err != nil {
 		return nil, protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy,
-			"agent %q has %d scrapes running (--scrape.max-concurrent); are its targets slow, or its scrapers too many?", agent.Name, cap(agent.Scrapes))
+			"agent %q has %d scrapes running (--scrape.max-concurrent), so %q had to wait too long; are its targets slow, or its scrapers too many?", agent.Name, cap(agent.Scrapes), sc.route.Name)
 	}
-	sc.agent = agent
+	sc.agent, sc.conn = agent, conn
 	return conn, nil
 }
 
@@ -206,7 +213,7 @@ func (s *Server) offline(route fleet.Route) *protocol.Refusal {
 		return unknownAgent(route.Name)
 	}
 	return protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeAgentOffline,
-		"%s; check culvert-client there", strings.Join(lost, ", "))
+		"%s, so %q can't be scraped; check culvert-client there", strings.Join(lost, ", "), route.Name)
 }
 
 // since says a time span in the unit that people would choose.
@@ -249,26 +256,44 @@ func (sc *scrape) check(resp *http.Response) error {
 
 // agentRefusal reads a refusal that the agent sent.
 func agentRefusal(resp *http.Response) *protocol.Refusal {
-	body, _ := io.ReadAll(io.LimitReader(resp.Body, 2048))
-	message, _, _ := strings.Cut(string(body), "\n")
-	return &protocol.Refusal{Status: resp.StatusCode, Code: protocol.Code(resp.Header.Get(protocol.HeaderError)), Message: message}
+	return &protocol.Refusal{
+		Status:  resp.StatusCode,
+		Code:    protocol.Code(clip(resp.Header.Get(protocol.HeaderError), 40)),
+		Message: clip(resp.Header.Get(protocol.HeaderMessage), 1000),
+	}
 }
 
-// refusal translates an error of the way to the agent.
-func (sc *scrape) refusal(ctx context.Context, err error) *protocol.Refusal {
+// explain translates an error on the way to the agent. conn is the session that
+// was used, nil where none was.
+func (s *Server) explain(ctx context.Context, err error, route fleet.Route, agent *fleet.Agent, conn *fleet.Conn, timeout time.Duration) *protocol.Refusal {
 	if refusal, ok := protocol.AsRefusal(err); ok {
 		return refusal
 	}
-	name := sc.route.Name
-	if ctx.Err() != nil {
-		return sc.server.timedOut(sc.route, sc.agent, sc.timeout)
-	}
-	if errors.Is(err, protocol.ErrTooManyStreams) {
-		return protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy, "the agent for %q: %v", name, err)
+	switch {
+	case ctx.Err() != nil:
+		return s.timedOut(route, agent, timeout)
+	case errors.Is(err, protocol.ErrTooManyStreams):
+		return protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy, "the agent for %q: %v", route.Name, err)
+	case conn != nil && conn.Err() == nil:
+		return protocol.Refusef(http.StatusBadGateway, protocol.CodeBadResponse,
+			"the response of %q broke off before its head was through (%v); look at the target", route.Name, err)
 	}
 	return protocol.Refusef(http.StatusBadGateway, protocol.CodeSessionLost,
-		"the session to the agent for %q broke before it answered: %v", name, err)
+		"the session to the agent for %q broke before it answered: %v", route.Name, err)
 }
+
+// finalOnly drops interim responses: a scraper has no use for them, and in path
+// mode they would carry a target's header fields.
+type finalOnly struct{ http.ResponseWriter }
+
+func (w finalOnly) WriteHeader(status int) {
+	if status >= 200 {
+		w.ResponseWriter.WriteHeader(status)
+	}
+}
+
+// Unwrap lets http.ResponseController find the rest.
+func (w finalOnly) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // timedOut is the refusal for a scrape whose time is over. It tells a slow target
 // from an agent that is silent altogether.
@@ -282,7 +307,7 @@ func (s *Server) timedOut(route fleet.Route, agent *fleet.Agent, timeout time.Du
 }
 
 func (sc *scrape) refuse(w http.ResponseWriter, r *http.Request, refusal *protocol.Refusal) {
-	sc.outcome = string(refusal.Code)
+	sc.outcome = refusal.Code.Outcome()
 	sc.server.refuse(w, r, refusal)
 }
 

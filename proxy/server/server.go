@@ -87,6 +87,7 @@ type Server struct {
 	agentAPI     *http.Server // serves the streams that agents open
 
 	draining atomic.Bool
+	running  sync.RWMutex   // held for reading by scrapes: shutdown waits for them
 	pending  atomic.Int64   // sessions that have not registered
 	sessions sync.WaitGroup // goroutines of sessions and tunnels
 
@@ -231,6 +232,17 @@ func (s *Server) shutdown() {
 			}
 			return nil
 		})
+	}
+	// The listeners stay open meanwhile: who balances load has to see /-/ready fail.
+	finished := make(chan struct{})
+	go func() {
+		defer close(finished)
+		s.running.Lock()
+		defer s.running.Unlock()
+	}()
+	select {
+	case <-finished:
+	case <-ctx.Done():
 	}
 	var stopped sync.WaitGroup
 	for _, l := range append(s.main[:len(s.main):len(s.main)], s.agents...) {
