@@ -252,7 +252,11 @@ func (s *Session) Ping(ctx context.Context) (time.Duration, error) {
 		rtt, err := s.mux.Ping()
 		switch {
 		case errors.Is(err, yamux.ErrTimeout): // DeadAfter has passed
-			err = s.fail(ErrStuck)
+			reason := ErrStuck // the other side is heard, and doesn't hear
+			if time.Since(s.LastHeard()) >= s.config.DeadAfter*9/10 {
+				reason = ErrSilent
+			}
+			err = s.fail(reason)
 		case err != nil:
 			err = s.streamError(err)
 		}

@@ -487,7 +487,7 @@ func TestHTTPSTargets(t *testing.T) {
 // TestConnect passes raw bytes both ways, half-closed connections included.
 func TestConnect(t *testing.T) {
 	t.Parallel()
-	p := newProxy(t, func(c *server.Config) { c.ConnectIdleTimeout = 300 * time.Millisecond })
+	p := newProxy(t, nil)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -526,6 +526,8 @@ func TestConnect(t *testing.T) {
 		}
 	})
 	t.Run("idle", func(t *testing.T) {
+		p := newProxy(t, func(c *server.Config) { c.ConnectIdleTimeout = 300 * time.Millisecond })
+		newAgent(t, p, allowAll)
 		conn := rawConn(t, p.addr)
 		fmt.Fprintf(conn, "CONNECT web-1:%s HTTP/1.1\r\nHost: web-1:%s\r\n\r\n", port, port)
 		r := bufio.NewReader(conn)
