@@ -190,7 +190,7 @@ func TestRefusalWrite(t *testing.T) {
 	r.RetryAfter = 1500 * time.Millisecond
 	r.Write(w)
 	for name, want := range map[string]string{
-		"Culvert-Error": "version", "Upgrade": "culvert/1", "Connection": "Upgrade", "Retry-After": "2",
+		"Culvert-Error": "version", "Culvert-Message": "we speak 1", "Upgrade": "culvert/1", "Connection": "Upgrade", "Retry-After": "2",
 		"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff",
 	} {
 		if got := w.Header().Get(name); got != want {

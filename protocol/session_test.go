@@ -138,7 +138,7 @@ func TestEndOfSessionIsNoEOF(t *testing.T) {
 		"reset":        {end: func(p pair) { p.relay.cut() }, near: protocol.ErrPeerClosed, other: protocol.ErrPeerClosed},
 		"silent": {
 			end:   func(p pair) { p.relay.toAgent.stop() },
-			agent: protocol.SessionConfig{DeadAfter: 300 * time.Millisecond, PingInterval: -1},
+			agent: protocol.SessionConfig{DeadAfter: 2 * time.Second, PingInterval: -1},
 			near:  protocol.ErrSilent, other: protocol.ErrPeerClosed,
 		},
 	}

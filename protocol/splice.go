@@ -40,8 +40,8 @@ const halfIdle = streamCloseTimeout
 
 // Splice copies bytes both ways until both sides have ended, one fails, or
 // nothing went either way for idle, or for 10 s once one side has ended. It closes
-// both connections and returns how many bytes went from b to a, and nil where both
-// ended in good order.
+// both connections, with a reset where one failed. It returns how many bytes went
+// from b to a, and nil where both ended in good order.
 func Splice(a, b net.Conn, idle time.Duration) (int64, error) {
 	s := &splicing{}
 	s.last.Store(time.Now().UnixNano())
@@ -49,20 +49,31 @@ func Splice(a, b net.Conn, idle time.Duration) (int64, error) {
 	var toA int64
 	var errA, errB error
 	var closing sync.Once
-	closeBoth := func() { a.Close(); b.Close() }
-	defer closing.Do(closeBoth)
+	end := func(err error) {
+		closing.Do(func() {
+			if err == nil || errors.Is(err, ErrIdle) || errors.Is(err, net.ErrClosed) {
+				a.Close()
+				b.Close()
+				return
+			}
+			// A clean end would pass for the end of the data.
+			Reset(a)
+			Reset(b)
+		})
+	}
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		if toA, errA = s.copy(a, b); errA != nil {
-			closing.Do(closeBoth)
+			end(errA)
 		}
 	})
 	wg.Go(func() {
 		if _, errB = s.copy(b, a); errB != nil {
-			closing.Do(closeBoth)
+			end(errB)
 		}
 	})
 	wg.Wait()
+	end(nil)
 	// Where one side failed, the other's error is only the echo of closing it.
 	for _, err := range []error{errA, errB} {
 		if IsSessionEnd(err) || errors.Is(err, ErrIdle) {
@@ -107,6 +118,7 @@ func (s *splicing) copy(dst, src net.Conn) (int64, error) {
 				return total, dst.Close()
 			}
 			err := half.CloseWrite()
+			s.last.Store(time.Now().UnixNano()) // an end is news
 			s.idle.Store(min(s.idle.Load(), int64(halfIdle)))
 			dst.SetReadDeadline(s.deadline()) // of the other direction, which may be waiting
 			return total, err

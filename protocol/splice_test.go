@@ -109,6 +109,34 @@ func TestSpliceHalfClose(t *testing.T) {
 	})
 }
 
+// TestSpliceEndAfterSilence: servers close connections that were idle for long.
+// That is an end in good order, and leaves the other side its time to end too.
+func TestSpliceEndAfterSilence(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 11 s")
+	}
+	eachKind(t, func(t *testing.T, kind string) {
+		s := splice(t, kind, time.Minute)
+		select {
+		case r := <-s.result:
+			t.Fatalf("Splice returned %d, %v", r.n, r.err)
+		case <-time.After(11 * time.Second):
+		}
+		s.target.CloseWrite()
+		if got, err := io.ReadAll(s.scraper); len(got) != 0 || err != nil {
+			t.Errorf("the scraper read %q, %v", got, err)
+		}
+		io.WriteString(s.scraper, "goodbye")
+		s.scraper.CloseWrite()
+		if got, err := io.ReadAll(s.target); string(got) != "goodbye" || err != nil {
+			t.Errorf("the target read %q, %v", got, err)
+		}
+		if r := await(t, "Splice", s.result); r.err != nil {
+			t.Errorf("Splice returned %v", r.err)
+		}
+	})
+}
+
 func TestSpliceIdle(t *testing.T) {
 	eachKind(t, func(t *testing.T, kind string) {
 		s := splice(t, kind, 100*time.Millisecond)

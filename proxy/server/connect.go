@@ -73,7 +73,7 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 		stream.Close()
 		return refuse(protocol.Refusef(http.StatusInternalServerError, protocol.CodeBadRequest, "CONNECT: %v", err))
 	}
-	t := &tunnel{conn: conn, stream: stream, scraper: &resettable{scraper, conn.Session}}
+	t := &tunnel{conn: conn, stream: stream, scraper: scraper}
 	s.mu.Lock()
 	s.tunnels[t] = struct{}{}
 	s.mu.Unlock()
@@ -100,7 +100,7 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 			return
 		}
 		scraper.SetDeadline(time.Time{})
-		n, err := protocol.Splice(t.scraper, stream, s.config.ConnectIdleTimeout)
+		n, err := protocol.Splice(scraper, stream, s.config.ConnectIdleTimeout)
 		s.metrics.bytes.Add(float64(n))
 		if err != nil {
 			s.logger.Debug("CONNECT tunnel ended", "target", r.RequestURI, "agent", agent.Name, "err", err)
@@ -140,27 +140,6 @@ func (s *Server) dialAgent(ctx context.Context, conn *fleet.Conn, authority stri
 	stop()
 	stream.Close()
 	return nil, nil, refusal
-}
-
-// resettable is a scraper's connection whose Close resets it when the session
-// has died: inside the tunnel a clean end would pass for the end of the response.
-type resettable struct {
-	net.Conn
-	session *protocol.Session
-}
-
-func (c *resettable) CloseWrite() error {
-	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
-		return half.CloseWrite()
-	}
-	return nil
-}
-
-func (c *resettable) Close() error {
-	if c.session.Err() != nil {
-		protocol.Reset(c.Conn)
-	}
-	return c.Conn.Close()
 }
 
 // closeTunnels closes CONNECT tunnels as they fall silent for a second, until
