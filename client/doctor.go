@@ -224,7 +224,7 @@ func (r *report) checkTargets(ctx context.Context, a *agent.Agent, asked string)
 		urls = append(urls, declared[asked])
 	case strings.Trim(asked, "0123456789") == "":
 		urls = append(urls, "http://"+a.Name()+":"+asked+"/metrics")
-	case strings.Contains(asked, ":"):
+	case strings.Contains(asked, ":") && !strings.Contains(asked, "/"):
 		urls = append(urls, "http://"+asked+"/metrics")
 	default:
 		r.fail("target", fmt.Errorf("%q is no target of this agent", asked), "declare it with --target="+asked+"=URL, or ask for a PORT or HOST:PORT")

@@ -77,7 +77,7 @@ func run(ctx context.Context, flags *flags) error {
 			case <-ctx.Done():
 				return
 			case <-hangup:
-				err := reload(flags, a, registry)
+				err := reload(flags, a, registry, settings.MetricsAddress)
 				if err != nil {
 					logger.Error("Reload failed, the old configuration stays", "err", err)
 				} else {
@@ -89,12 +89,15 @@ func run(ctx context.Context, flags *flags) error {
 	return a.Run(ctx)
 }
 
-func reload(flags *flags, a *agent.Agent, registry *prometheus.Registry) error {
+func reload(flags *flags, a *agent.Agent, registry *prometheus.Registry, metricsAddress string) error {
 	settings, err := flags.load()
 	if err != nil {
 		return err
 	}
 	settings.Agent.Gatherer = registry
+	if settings.MetricsAddress != metricsAddress {
+		settings.Agent.Logger.Warn("The new metrics_address takes a restart", "now", metricsAddress, "new", settings.MetricsAddress)
+	}
 	return a.Reload(settings.Agent)
 }
 

@@ -79,8 +79,8 @@ func Accept(w http.ResponseWriter, r *http.Request, transport, proxyID string, c
 		var ws *websocket.Conn
 		ws, err = websocket.Accept(w, r, &websocket.AcceptOptions{
 			Subprotocols: []string{Subprotocol},
-			// Agents send no Origin. A browser's request is refused by the roles
-			// that guard the route, and its messages are no yamux frames.
+			// Agents send no Origin, and a page in a browser can't set Culvert-Agent,
+			// without which there is no tunnel.
 			InsecureSkipVerify: true,
 		})
 		if err == nil {
@@ -144,10 +144,14 @@ func (c *prefixConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Reset closes conn, plain or TLS over TCP, with a reset instead of an orderly
+// Reset closes conn, a Stream, TCP or TLS over TCP, with a reset instead of an orderly
 // end, so that the other side sees a broken transfer. A TLS connection is closed
 // below TLS, which would say goodbye in good order.
 func Reset(conn net.Conn) {
+	if st, ok := conn.(*Stream); ok {
+		st.Reset()
+		return
+	}
 	if t, ok := conn.(*tls.Conn); ok {
 		conn = t.NetConn()
 	}

@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -23,12 +24,18 @@ type frameConn struct {
 	tcp *net.TCPConn // rw's writes may go here directly, vectored; nil where they can't
 
 	stats    *Stats
+	failed   func()       // called when a read or write fails
 	lastRead atomic.Int64 // Unix nanoseconds
 	writing  atomic.Int64 // Unix nanoseconds since when a write runs, 0: none
 
 	// Used by yamux's one sending goroutine only.
 	header [frameHeaderSize]byte
 	held   bool
+
+	write sync.Mutex // held while a frame is written
+
+	// Used by yamux's one receiving goroutine only.
+	incoming frameWatch
 
 	mu    sync.Mutex // protects cause
 	cause error      // first error of a read or write
@@ -38,6 +45,10 @@ type frameConn struct {
 const (
 	frameHeaderSize = 12
 	frameTypeData   = 0
+
+	frameTypeWindowUpdate = 1
+	frameTypePing         = 2
+	frameFlagRST          = 8
 )
 
 var joinBuffers = sync.Pool{New: func() any {
@@ -50,6 +61,9 @@ func (c *frameConn) Read(p []byte) (int, error) {
 	if n > 0 {
 		c.lastRead.Store(time.Now().UnixNano())
 		c.stats.BytesRead.Add(int64(n))
+		if flood := c.incoming.see(p[:n]); flood != nil {
+			return 0, c.note(flood)
+		}
 	}
 	return n, c.note(err)
 }
@@ -60,6 +74,8 @@ func (c *frameConn) Write(p []byte) (int, error) {
 		c.held = true
 		return len(p), nil
 	}
+	c.write.Lock()
+	defer c.write.Unlock()
 	c.writing.Store(time.Now().UnixNano())
 	defer c.writing.Store(0)
 	if !c.held {
@@ -87,7 +103,61 @@ func (c *frameConn) Write(p []byte) (int, error) {
 	return max(n-frameHeaderSize, 0), c.note(err)
 }
 
+// writeReset writes a frame that resets a stream.
+func (c *frameConn) writeReset(stream uint32) {
+	frame := [frameHeaderSize]byte{1: frameTypeWindowUpdate, 3: frameFlagRST}
+	binary.BigEndian.PutUint32(frame[4:], stream)
+	c.write.Lock()
+	defer c.write.Unlock()
+	n, err := c.rw.Write(frame[:])
+	c.stats.BytesWritten.Add(int64(n))
+	c.note(err)
+}
+
 func (c *frameConn) Close() error { return c.rw.Close() }
+
+// frameWatch follows the frames that come in. yamux answers each ping in a
+// goroutine of its own, which waits for the connection: whoever sends many pings
+// and reads nothing would fill the memory.
+type frameWatch struct {
+	header [frameHeaderSize]byte
+	have   int    // bytes of header
+	body   uint32 // bytes of the frame's body that are still to come
+	pings  int    // since second
+	second time.Time
+}
+
+// maxPings bounds the pings that a side may send in a second.
+const maxPings = 100
+
+func (w *frameWatch) see(p []byte) error {
+	for len(p) > 0 {
+		if w.body > 0 {
+			n := min(uint64(w.body), uint64(len(p)))
+			w.body -= uint32(n)
+			p = p[n:]
+			continue
+		}
+		n := copy(w.header[w.have:], p)
+		p = p[n:]
+		if w.have += n; w.have < frameHeaderSize {
+			return nil
+		}
+		w.have = 0
+		switch w.header[1] {
+		case frameTypeData:
+			w.body = binary.BigEndian.Uint32(w.header[8:])
+		case frameTypePing:
+			if now := time.Now(); now.Sub(w.second) > time.Second {
+				w.second, w.pings = now, 0
+			}
+			if w.pings++; w.pings > maxPings {
+				return fmt.Errorf("%w: more than %d pings in a second", ErrProtocol, maxPings)
+			}
+		}
+	}
+	return nil
+}
 
 func (c *frameConn) note(err error) error {
 	if err != nil {
@@ -96,6 +166,7 @@ func (c *frameConn) note(err error) error {
 			c.cause = err
 		}
 		c.mu.Unlock()
+		c.failed()
 	}
 	return err
 }
@@ -113,6 +184,8 @@ func (c *frameConn) endCause(muxError error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
+	case errors.Is(c.cause, ErrProtocol):
+		return c.cause
 	case errors.Is(muxError, io.EOF), errors.Is(muxError, io.ErrUnexpectedEOF), errors.Is(muxError, yamux.ErrSessionShutdown):
 		return ErrPeerClosed
 	case c.cause != nil && errors.Is(muxError, c.cause):

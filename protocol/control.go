@@ -42,7 +42,8 @@ func (s *Session) control(ctx context.Context, method, path string, message any)
 	}
 	req.Header.Set("Content-Type", "application/json")
 	transport := &http.Transport{
-		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Open(ctx) },
+		// Not the transport's context, which outlives the request.
+		DialContext:       func(context.Context, string, string) (net.Conn, error) { return s.Open(ctx) },
 		DisableKeepAlives: true,
 	}
 	resp, err := transport.RoundTrip(req)

@@ -133,8 +133,8 @@ func (d *Dialer) dialRaw(ctx context.Context) (*Session, error) {
 		return nil, &Refusal{Status: resp.StatusCode, Message: fmt.Sprintf("the answer upgrades to %q, not to %s", got, UpgradeToken)}
 	}
 	conn := &frameConn{rw: rw}
-	if d.ProxyURL.Scheme == "http" {
-		conn.tcp = tcp.Load()
+	if forward, err := http.ProxyFromEnvironment(req); d.ProxyURL.Scheme == "http" && forward == nil && err == nil {
+		conn.tcp = tcp.Load() // nothing encrypts above it
 	}
 	return d.session(conn, resp, "upgrade")
 }
@@ -237,6 +237,9 @@ func readRefusal(resp *http.Response) *Refusal {
 			server = "something that is no culvert-proxy"
 		}
 		r.Message = fmt.Sprintf("%s answered %s", server, resp.Status)
+		if location := resp.Header.Get("Location"); location != "" && resp.StatusCode/100 == 3 {
+			r.Message += fmt.Sprintf(" to %q; use that in the proxy's URL, without /tunnel", oneLine(location))
+		}
 	}
 	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds >= 0 {
 		r.RetryAfter = time.Duration(min(seconds, 3600)) * time.Second

@@ -250,7 +250,7 @@ func TestDialReadsRefusals(t *testing.T) {
 		{"a balancer", 503, http.Header{"Server": {"nginx"}, "Retry-After": {"3"}}, "<html>\n",
 			protocol.Refusal{Status: 503, Message: "nginx answered 503 Service Unavailable", RetryAfter: 3 * time.Second}, "culvert/1 websocket"},
 		{"a redirect", 302, http.Header{"Location": {"/elsewhere"}}, "",
-			protocol.Refusal{Status: 302, Message: "something that is no culvert-proxy answered 302 Found"}, "culvert/1 websocket"},
+			protocol.Refusal{Status: 302, Message: `something that is no culvert-proxy answered 302 Found to "/elsewhere"; use that in the proxy's URL, without /tunnel`}, "culvert/1 websocket"},
 		{"another server", 404, http.Header{"Location": {"/elsewhere"}}, "",
 			protocol.Refusal{Status: 404, Message: "something that is no culvert-proxy answered 404 Not Found"}, "culvert/1 websocket"},
 	}

@@ -3,6 +3,7 @@ package protocol
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"net"
 	"strings"
 )
@@ -84,6 +85,18 @@ func WildcardSuffix(host string) (string, bool) {
 		return host[1:], true
 	}
 	return "", false
+}
+
+// Suffixes returns ".example.net", ".net" for "web-1.example.net": what wildcards
+// are compared with, the longest first.
+func Suffixes(name string) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		for i := 1; i < len(name); i++ {
+			if name[i] == '.' && !yield(name[i:]) {
+				return
+			}
+		}
+	}
 }
 
 // SplitTarget cuts TARGET.AGENT at its first dot.

@@ -135,6 +135,9 @@ func (r *Registration) Check(agent string) error {
 			return fmt.Errorf("%s.labels: %w", field, err)
 		}
 		full := t.Name + "." + agent
+		if err := CheckName(full); err != nil {
+			return fmt.Errorf("%s.name: %w", field, err)
+		}
 		if other, dup := taken[full]; dup {
 			return fmt.Errorf("%s.name: %q is already %s", field, full, other)
 		}

@@ -55,6 +55,9 @@ type SessionConfig struct {
 	// many, of both sides together, and Accept takes no more of the other side's. As
 	// many again, at most 256, may wait for Accept. 1024 by default.
 	MaxStreams int
+	// MaxAccepted bounds the accepted streams by themselves: a side that expects
+	// few of them need not buffer for many. MaxStreams by default.
+	MaxAccepted int
 	// StreamWindow is the receive window of a stream in bytes, and so bounds the
 	// throughput of one response to StreamWindow per round trip, and the memory
 	// that a slow reader can hold to about twice of it. 2 MiB by default.
@@ -96,6 +99,9 @@ func (c SessionConfig) withDefaults() SessionConfig {
 	if c.MaxStreams == 0 {
 		c.MaxStreams = defaultMaxStreams
 	}
+	if c.MaxAccepted == 0 {
+		c.MaxAccepted = c.MaxStreams
+	}
 	if c.StreamWindow == 0 {
 		c.StreamWindow = defaultStreamWindow
 	}
@@ -124,11 +130,13 @@ type Session struct {
 	tasks  sync.WaitGroup // goroutines of this session
 	rtt    atomic.Int64   // nanoseconds, of the last ping
 	taken  chan struct{}  // a token for each accepted stream that is open
+	ending atomic.Bool    // the connection has failed, or is about to be closed
+
+	opening atomic.Int64 // calls of OpenStream that have not returned
 
 	mu      sync.Mutex // protects what follows
 	err     error
 	closed  bool
-	opening int // calls of OpenStream that have not returned
 	streams map[*Stream]struct{}
 	dead    *time.Timer // fires when the session may have been silent for DeadAfter
 	shrink  *time.Timer // armed while there are streams
@@ -139,8 +147,9 @@ func newSession(conn *frameConn, config SessionConfig, dialled bool) (*Session, 
 	config = config.withDefaults()
 	s := &Session{config: config, conn: conn, streams: map[*Stream]struct{}{}}
 	conn.stats = config.Stats
+	conn.failed = s.wakeStreams
 	conn.lastRead.Store(time.Now().UnixNano())
-	s.taken = make(chan struct{}, config.MaxStreams)
+	s.taken = make(chan struct{}, config.MaxAccepted)
 	yc := yamux.DefaultConfig()
 	yc.AcceptBacklog = min(256, config.MaxStreams) // yamux resets what goes beyond
 	yc.EnableKeepAlive = false                     // ours has jitter, and counts any frame as a sign of life
@@ -172,13 +181,12 @@ func newSession(conn *frameConn, config SessionConfig, dialled bool) (*Session, 
 // Open opens a stream. It gives up when ctx ends, returns ErrTooManyStreams at
 // the limit, and an error that wraps Err once the session has ended.
 func (s *Session) Open(ctx context.Context) (net.Conn, error) {
-	s.mu.Lock()
-	if n := s.mux.NumStreams() + s.opening; n >= s.config.MaxStreams {
-		s.mu.Unlock()
-		return nil, fmt.Errorf("%w: %d", ErrTooManyStreams, n)
+	// No lock of ours is held while yamux takes one of its own: its sending
+	// goroutine calls wakeStreams.
+	if n := int(s.opening.Add(1)) + s.mux.NumStreams(); n > s.config.MaxStreams {
+		s.opening.Add(-1)
+		return nil, fmt.Errorf("%w: %d", ErrTooManyStreams, n-1)
 	}
-	s.opening++
-	s.mu.Unlock()
 	type result struct {
 		stream *yamux.Stream
 		err    error
@@ -187,7 +195,7 @@ func (s *Session) Open(ctx context.Context) (net.Conn, error) {
 	// OpenStream waits without a context for the connection to take the frame.
 	if !s.start(func() {
 		stream, err := s.mux.OpenStream()
-		s.opened()
+		s.opening.Add(-1)
 		if err != nil {
 			err = s.streamError(err) // whether somebody still waits or not
 		}
@@ -199,7 +207,7 @@ func (s *Session) Open(ctx context.Context) (net.Conn, error) {
 			}
 		}
 	}) {
-		s.opened()
+		s.opening.Add(-1)
 		return nil, s.endError()
 	}
 	select {
@@ -211,12 +219,6 @@ func (s *Session) Open(ctx context.Context) (net.Conn, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-}
-
-func (s *Session) opened() {
-	s.mu.Lock()
-	s.opening--
-	s.mu.Unlock()
 }
 
 // Accept returns the next stream that the other side opened; at the limit it
@@ -296,9 +298,16 @@ func (s *Session) Err() error {
 		return nil
 	}
 	s.mu.Lock()
+	err := s.err
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	err = s.conn.endCause(s.muxError())
+	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err == nil {
-		s.err = s.conn.endCause(s.muxError())
+		s.err = err
 	}
 	return s.err
 }
@@ -335,8 +344,25 @@ func (s *Session) end(reason error) {
 		s.shrink.Stop()
 	}
 	s.mu.Unlock()
+	s.wakeStreams()
 	s.mux.Close()
 }
+
+// wakeStreams ends what waits in the streams. Once a session ends, yamux's readers
+// and writers would turn in a busy loop until it has closed each stream, and keep
+// the processor from the goroutine that does.
+func (s *Session) wakeStreams() {
+	if s.ending.Swap(true) {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for st := range s.streams {
+		st.mux.SetDeadline(longAgo)
+	}
+}
+
+var longAgo = time.Unix(1, 0)
 
 // start runs f in a goroutine that Close waits for. It returns false when the
 // session has ended.
@@ -501,12 +527,21 @@ func (st *Stream) Read(p []byte) (int, error) {
 	if n > 0 {
 		st.lastUse.Store(time.Now().UnixNano())
 	}
-	if err == io.EOF && (st.session.mux.IsClosed() || st.givenUp()) {
+	switch {
+	case st.closing.Load() && err != nil:
+		err = net.ErrClosed
+	case err == io.EOF && (st.session.mux.IsClosed() || st.givenUp()), st.woken(err):
 		err = io.ErrUnexpectedEOF
-	} else if err != nil && err != io.EOF {
+	}
+	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF && err != net.ErrClosed {
 		err = st.error(err)
 	}
 	return n, err
+}
+
+// woken reports whether err is how wakeStreams ended a read or write.
+func (st *Stream) woken(err error) bool {
+	return errors.Is(err, yamux.ErrTimeout) && st.session.ending.Load()
 }
 
 // givenUp reports whether the stream was closed for writing so long ago that yamux
@@ -538,6 +573,9 @@ func (st *Stream) error(err error) error {
 	if st.closing.Load() {
 		return net.ErrClosed
 	}
+	if st.woken(err) {
+		return st.session.endError()
+	}
 	if errors.Is(err, yamux.ErrTimeout) {
 		return err // a net.Error, as net/http wants it
 	}
@@ -564,11 +602,21 @@ func (st *Stream) Close() error {
 	if st.accepted {
 		<-s.taken
 	}
-	st.mux.SetDeadline(time.Unix(1, 0)) // wakes who reads or writes
+	st.mux.SetDeadline(longAgo) // wakes who reads or writes
 	if !s.start(func() { st.mux.Close() }) {
 		st.mux.Close() // the session has ended, nothing to wait for
 	}
 	return nil
+}
+
+// Reset ends the stream so that the other side's reads fail. It returns at once.
+func (st *Stream) Reset() {
+	// yamux has no call for this. What it still has to send goes to a stream that
+	// the other side has forgotten, and is dropped there.
+	if !st.closing.Load() {
+		st.session.start(func() { st.session.conn.writeReset(st.mux.StreamID()) })
+	}
+	st.Close()
 }
 
 // Idle returns how long ago data went through the stream.
@@ -579,11 +627,34 @@ func (st *Stream) Idle() time.Duration {
 // Session returns the session that the stream belongs to.
 func (st *Stream) Session() *Session { return st.session }
 
-func (st *Stream) LocalAddr() net.Addr                { return streamAddr("tunnel") }
-func (st *Stream) RemoteAddr() net.Addr               { return streamAddr(st.session.RemoteAddr) }
-func (st *Stream) SetDeadline(t time.Time) error      { return st.mux.SetDeadline(t) }
-func (st *Stream) SetReadDeadline(t time.Time) error  { return st.mux.SetReadDeadline(t) }
-func (st *Stream) SetWriteDeadline(t time.Time) error { return st.mux.SetWriteDeadline(t) }
+func (st *Stream) LocalAddr() net.Addr  { return streamAddr("tunnel") }
+func (st *Stream) RemoteAddr() net.Addr { return streamAddr(st.session.RemoteAddr) }
+
+// SetDeadline sets both deadlines.
+func (st *Stream) SetDeadline(t time.Time) error {
+	st.SetReadDeadline(t)
+	return st.SetWriteDeadline(t)
+}
+
+// SetReadDeadline bounds Read.
+func (st *Stream) SetReadDeadline(t time.Time) error {
+	st.mux.SetReadDeadline(t)
+	if st.closing.Load() || st.session.ending.Load() {
+		st.mux.SetReadDeadline(longAgo)
+	}
+	return nil
+}
+
+// SetWriteDeadline bounds how long Write waits for the other side to read. How
+// long it waits for the connection to take data is bounded by
+// SessionConfig.DeadAfter alone.
+func (st *Stream) SetWriteDeadline(t time.Time) error {
+	st.mux.SetWriteDeadline(t)
+	if st.closing.Load() || st.session.ending.Load() {
+		st.mux.SetWriteDeadline(longAgo)
+	}
+	return nil
+}
 
 type streamAddr string
 

@@ -71,6 +71,7 @@ type flags struct {
 	server.Config
 	externalURL         string
 	registrationTimeout time.Duration
+	forgetAfterSet      bool
 	log                 promslog.Config
 }
 
@@ -106,7 +107,7 @@ func (c *flags) app() *kingpin.Application {
 	app.Flag("connect.max-concurrent", "CONNECT tunnels that may be open for one agent at a time.").
 		Default("256").IntVar(&c.Fleet.MaxTunnels)
 
-	duration(app.Flag("agent.forget-after", "How long a lost agent stays in discovery.").Default("7d"), &c.Fleet.ForgetAfter)
+	duration(app.Flag("agent.forget-after", "How long a lost agent stays in discovery.").Default("7d").IsSetByUser(&c.forgetAfterSet), &c.Fleet.ForgetAfter)
 	duration(app.Flag("registration.timeout", "PushProx's name for --agent.forget-after."), &c.registrationTimeout)
 	duration(app.Flag("agent.settle-time", "How long discovery answers 503 after a start without a stored list of agents. 0: not at all.").Default("60s"), &c.Fleet.SettleTime)
 	app.Flag("agent.max-handshakes", "Agents that may be in their handshakes at a time; more are told to come back.").
@@ -127,6 +128,9 @@ func parseFlags(args []string) (server.Config, *slog.Logger, error) {
 		return fail("%w; see --help", err)
 	}
 	if c.registrationTimeout > 0 {
+		if c.forgetAfterSet {
+			return fail("--registration.timeout and --agent.forget-after mean the same; give one of them")
+		}
 		c.Fleet.ForgetAfter = c.registrationTimeout
 	}
 	// In the configuration 0 means the default.

@@ -59,7 +59,7 @@ type Config struct {
 	// metrics.
 	Gatherer prometheus.Gatherer
 	// ShutdownTimeout bounds how long running scrapes may take after Run's context
-	// has ended. 10 s by default.
+	// has ended, and the proxies were told, for which there are 3 s. 10 s by default.
 	ShutdownTimeout time.Duration
 	// Session tunes the sessions; for tests and experiments.
 	Session protocol.SessionConfig
@@ -138,9 +138,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	return nil
 }
 
-// Reload takes a new configuration. Sessions stay where the name and the TLS
-// settings are the same: the registration is replaced in place, and no scrape is
-// dropped. On an error the old configuration stays.
+// Reload takes a new configuration. Sessions stay where the name is the same: the
+// registration is replaced in place, and no scrape is dropped. New TLS settings
+// count from the next time that the agent dials. On an error the old configuration
+// stays.
 func (a *Agent) Reload(cfg Config) error {
 	snap, err := a.newSnapshot(cfg)
 	if err != nil {
@@ -199,8 +200,14 @@ func (a *Agent) hold(id string, l *link) *link {
 func (a *Agent) release(id string, l *link) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.held[id] == l {
-		delete(a.held, id)
+	if a.held[id] != l {
+		return
+	}
+	delete(a.held, id)
+	for _, other := range a.links {
+		if other.second.Swap(false) {
+			other.nudge()
+		}
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -37,6 +38,7 @@ type link struct {
 	logger func() *slog.Logger
 
 	connected atomic.Bool
+	second    atomic.Bool // waits because another link has a session to its proxy
 
 	wake        chan struct{} // cuts a wait short
 	registering sync.Mutex    // held during a registration in place
@@ -148,12 +150,15 @@ func (l *link) failed(err error) time.Duration {
 		case http.StatusConflict:
 			wait, hint = slowly(takenWait), "choose another --fqdn, or stop the other agent"
 		case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-			wait = refusal.RetryAfter + rand.N(refusal.RetryAfter/2+time.Second)
+			if refusal.RetryAfter > 0 {
+				wait = refusal.RetryAfter + rand.N(refusal.RetryAfter/2+time.Second)
+			}
 		case http.StatusNotFound:
 			hint = "is there a culvert-proxy at this URL? with --agent.listen-address it takes agents on that port only"
 		}
 	} else if errors.As(err, &same) {
 		wait = slowly(slowWait)
+		l.second.Store(true)
 	}
 	if refusal, ok := protocol.AsRefusal(err); ok && refusal.Code == "" {
 		wait = max(wait, slowly(takenWait)) // something between us answered
@@ -162,8 +167,12 @@ func (l *link) failed(err error) time.Duration {
 	if hint != "" {
 		attrs = append(attrs, "hint", hint)
 	}
-	if err.Error() != l.lastFailure || time.Since(l.lastLogged) > repeatLog {
-		l.lastFailure, l.lastLogged = err.Error(), time.Now()
+	kind := err.Error()
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		kind = op.Op + ": " + op.Err.Error() // the ports differ each time
+	}
+	if kind != l.lastFailure || time.Since(l.lastLogged) > repeatLog {
+		l.lastFailure, l.lastLogged = kind, time.Now()
 		l.logger().Warn("Not connected", attrs...)
 	} else {
 		l.logger().Debug("Still not connected", attrs...)
@@ -263,6 +272,14 @@ func (l *link) finish(session *protocol.Session, server *http.Server, handler *s
 	session.Close()
 }
 
+// nudge cuts the wait before the next try short.
+func (l *link) nudge() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
 func (l *link) setSession(s *protocol.Session) {
 	l.mu.Lock()
 	l.session = s
@@ -280,10 +297,7 @@ func (l *link) currentSession() *protocol.Session {
 func (l *link) reload(old, new *snapshot) {
 	session := l.currentSession()
 	if session == nil {
-		select {
-		case l.wake <- struct{}{}: // the reason of the failure may be gone
-		default:
-		}
+		l.nudge() // the reason of the failure may be gone
 		return
 	}
 	if old.name != new.name {

@@ -85,7 +85,7 @@ func (s *snapshot) addRoutes() error {
 		// exporter next door.
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			name, port := protocol.SplitAuthority(addr)
-			host, _, ok := s.address(name)
+			host, ok := s.address(name)
 			if !ok {
 				return nil, fmt.Errorf("no address for %q", name)
 			}
@@ -103,26 +103,20 @@ func (s *snapshot) addRoutes() error {
 }
 
 // address returns where a name of the own host, or of a host that the agent
-// answers for, is to be reached, and how the name came to be known.
-func (s *snapshot) address(name string) (address, by string, ok bool) {
+// answers for, is to be reached.
+func (s *snapshot) address(name string) (address string, ok bool) {
 	if name == s.name {
-		return s.LocalHost, "", true
+		return s.LocalHost, true
 	}
 	if address, ok := s.hosts[name]; ok {
-		return cmp.Or(address, name), name, true
+		return cmp.Or(address, name), true
 	}
-	// The longest suffix wins, and the first dot gives the longest.
-	for i := strings.IndexByte(name, '.'); i >= 0; {
-		if address, ok := s.wildcards[name[i:]]; ok && i > 0 {
-			return cmp.Or(address, name), "*" + name[i:], true
+	for suffix := range protocol.Suffixes(name) {
+		if address, ok := s.wildcards[suffix]; ok {
+			return cmp.Or(address, name), true
 		}
-		next := strings.IndexByte(name[i+1:], '.')
-		if next < 0 {
-			break
-		}
-		i += 1 + next
 	}
-	return "", "", false
+	return "", false
 }
 
 // named returns the target that name stands for: TARGET.NAME. An exact host wins

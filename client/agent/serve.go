@@ -89,7 +89,7 @@ func (s *snapshot) scrape(w http.ResponseWriter, r *http.Request) (kind, outcome
 		}
 		return "target", s.forward(w, r, t, t.resolve(r), t.owned, "target \""+targetName+"\"")
 	}
-	_, _, ok := s.address(name)
+	_, ok := s.address(name)
 	if !ok {
 		return "other", refuse(w, s.mismatch(name))
 	}
@@ -129,6 +129,7 @@ func (s *snapshot) serveLocally(h http.Handler, w http.ResponseWriter, r *http.R
 // forward sends the request to u and the response back, without buffering it.
 func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.RoundTripper, u *url.URL, owned []string, what string) string {
 	outcome := outcomeOK
+	r.Header.Del("Upgrade") // ReverseProxy would pass an upgrade on
 	proxy := httputil.ReverseProxy{
 		Transport:  via,
 		BufferPool: protocol.Buffers,
@@ -140,9 +141,6 @@ func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.Roun
 			} else {
 				pr.Out.Host = ""
 			}
-			// ReverseProxy would pass an upgrade on.
-			pr.Out.Header.Del("Connection")
-			pr.Out.Header.Del("Upgrade")
 			for _, name := range owned {
 				pr.Out.Header.Del(name)
 			}
@@ -204,7 +202,7 @@ func (s *snapshot) connect(w http.ResponseWriter, r *http.Request) string {
 		return refuse(w, protocol.Refusef(http.StatusForbidden, protocol.CodeNotAllowed,
 			"CONNECT goes to ports, and %q is a named target of agent %q: scrape it with scheme http, the agent holds its TLS", name, s.name))
 	}
-	host, _, ok := s.address(name)
+	host, ok := s.address(name)
 	if !ok {
 		return refuse(w, s.mismatch(name))
 	}

@@ -39,6 +39,9 @@ type Config struct {
 // claims its name.
 const pingTimeout = 3 * time.Second
 
+// saveTimeout bounds how long a registration waits for the disk.
+const saveTimeout = 10 * time.Second
+
 // Fleet is the set of known agents. All methods may be called at the same time.
 // No lock is held across I/O.
 type Fleet struct {
@@ -82,10 +85,12 @@ type Conn struct {
 // NewConn returns a Conn for the session.
 func NewConn(s *protocol.Session) *Conn {
 	return &Conn{Session: s, started: time.Now(), Transport: &http.Transport{
-		DialContext:         func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Open(ctx) },
-		DisableCompression:  true,
-		MaxIdleConnsPerHost: 64,
-		IdleConnTimeout:     6 * time.Minute, // longer than common scrape intervals: opening a stream costs
+		DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Open(ctx) },
+		DisableCompression: true,
+		// A scraper's own limit is of that size.
+		MaxResponseHeaderBytes: 64 << 10,
+		MaxIdleConnsPerHost:    64,
+		IdleConnTimeout:        6 * time.Minute, // longer than common scrape intervals: opening a stream costs
 	}}
 }
 
@@ -157,7 +162,7 @@ func (f *Fleet) Run(ctx context.Context) {
 		case <-tick.C:
 		}
 		for _, name := range f.expired(time.Now()) {
-			if f.remove(name, func(a *Agent) bool { return a.conn == nil }) {
+			if _, ok := f.remove(name, func(a *Agent) bool { return a.conn == nil }); ok {
 				f.config.Logger.Info("Agent forgotten", "agent", name, "after", f.config.ForgetAfter)
 			}
 		}
@@ -241,10 +246,14 @@ func (f *Fleet) Register(ctx context.Context, conn *Conn, reg protocol.Registrat
 		rec := a.record()
 		f.mu.Unlock()
 		if old != nil && old != conn {
+			f.config.Logger.Info("Agent's session replaced", "agent", a.Name, "from", conn.RemoteAddr, "before", old.RemoteAddr)
 			go old.Close() // ends with the write that may be stuck in it
 		}
 		if f.store != nil {
-			if err := f.store.save(ctx, rec); err != nil {
+			saveCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveTimeout)
+			err := f.store.save(saveCtx, rec)
+			cancel()
+			if err != nil {
 				f.config.Logger.Error("The agent could not be stored; it would be unknown after a restart of this proxy", "agent", a.Name, "err", err)
 			}
 		}
@@ -280,7 +289,7 @@ func (f *Fleet) check(ctx context.Context, conn *Conn, reg protocol.Registration
 			conn.Agent, rival.RemoteAddr, time.Since(rival.started).Round(time.Second))
 	}
 	*dead = rival
-	return nil
+	return ctx.Err() // nobody waits for the answer any more
 }
 
 // rival returns the session of another process that has the name of conn's
@@ -293,12 +302,17 @@ func (f *Fleet) rival(conn, dead *Conn) *Conn {
 	return a.conn
 }
 
-// alive asks the session for a sign of life.
+// alive asks the session for a sign of life. Who asks may go away meanwhile; that
+// says nothing of the session, so ctx's end is not passed on.
 func alive(ctx context.Context, c *Conn) bool {
-	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
+	asked := time.Now()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), pingTimeout)
 	defer cancel()
-	_, err := c.Ping(ctx)
-	return err == nil
+	if _, err := c.Ping(ctx); err == nil {
+		return true
+	}
+	// The answer may wait behind data: any frame will do.
+	return c.Err() == nil && c.LastHeard().After(asked)
 }
 
 // collision returns the refusal for a registration whose names lead elsewhere
@@ -419,8 +433,15 @@ func (f *Fleet) Leave(ctx context.Context, conn *Conn) error {
 	if other != nil && alive(ctx, other) {
 		return ErrConnected
 	}
-	if !f.remove(conn.Agent, func(a *Agent) bool { return a.conn == nil || a.conn == conn || a.conn == other }) {
+	if err := ctx.Err(); err != nil {
+		return err // nobody waits for the answer any more
+	}
+	removed, ok := f.remove(conn.Agent, func(a *Agent) bool { return a.conn == nil || a.conn == conn || a.conn == other })
+	if !ok {
 		return ErrConnected
+	}
+	if removed != nil && removed != conn { // the answer still has to go through conn
+		go removed.Close()
 	}
 	return nil
 }
@@ -428,28 +449,30 @@ func (f *Fleet) Leave(ctx context.Context, conn *Conn) error {
 // Forget removes an agent at once and closes its session. It returns false where
 // nobody has the name. An agent that still runs comes back by itself.
 func (f *Fleet) Forget(name string) bool {
-	return f.remove(name, func(*Agent) bool { return true })
+	removed, ok := f.remove(name, func(*Agent) bool { return true })
+	if removed != nil {
+		go removed.Close() // it may wait for a stuck write
+	}
+	return ok
 }
 
-func (f *Fleet) remove(name string, if_ func(*Agent) bool) bool {
+// remove takes an agent out where if_ agrees, and returns the session that it had.
+func (f *Fleet) remove(name string, if_ func(*Agent) bool) (*Conn, bool) {
 	f.mu.Lock()
 	a := f.agents[name]
 	if a == nil || !if_(a) {
 		f.mu.Unlock()
-		return false
+		return nil, false
 	}
 	conn := a.conn
 	a.conn = nil
 	f.unindex(a)
 	delete(f.agents, name)
 	f.mu.Unlock()
-	if conn != nil {
-		go conn.Close()
-	}
 	if f.store != nil {
 		f.store.saveLater(record{Name: name, deleted: true})
 	}
-	return true
+	return conn, true
 }
 
 // Settled reports whether the list of agents can be trusted, and if not, when it
@@ -471,7 +494,8 @@ func (f *Fleet) Settled() (bool, time.Time) {
 type Route struct {
 	Name   string
 	Agents []*Agent
-	// Exact is false where the name is known by a wildcard only.
+	// Exact is false where the name is known by a wildcard only, or would be a target
+	// that its agent has not declared.
 	Exact bool
 }
 
@@ -490,20 +514,15 @@ func (f *Fleet) Resolve(name string) (Route, bool) {
 	if a := f.names[name]; a != nil {
 		return Route{Name: name, Agents: []*Agent{a}, Exact: true}, true
 	}
-	for i := strings.IndexByte(name, '.'); i > 0; {
-		if shared := f.wildcards[name[i:]]; len(shared) > 0 {
+	for suffix := range protocol.Suffixes(name) {
+		if shared := f.wildcards[suffix]; len(shared) > 0 {
 			return Route{Name: name, Agents: slices.Collect(maps.Keys(shared))}, true
 		}
-		next := strings.IndexByte(name[i+1:], '.')
-		if next < 0 {
-			break
-		}
-		i += 1 + next
 	}
 	if _, agentName, _ := protocol.SplitTarget(name); f.agents[agentName] != nil {
 		a := f.agents[agentName]
 		// The agent's own refusal names the flag that would declare the target.
-		return Route{Name: name, Agents: []*Agent{a}, Exact: true}, true
+		return Route{Name: name, Agents: []*Agent{a}}, true
 	}
 	return Route{}, false
 }
@@ -557,6 +576,16 @@ func (r Route) connected() (*Agent, *Conn) {
 		}
 	}
 	return nil, nil
+}
+
+// ConnOf returns the session of an agent, nil where it is not connected.
+func (f *Fleet) ConnOf(a *Agent) *Conn {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if a.conn == nil || a.conn.Err() != nil {
+		return nil
+	}
+	return a.conn
 }
 
 // Conns returns the sessions of all connected agents.

@@ -52,10 +52,10 @@ func TestResolve(t *testing.T) {
 		{"node.deep.b.lan", "deep.b.lan", true},
 		{"single", "single", true},
 		{"node.single", "single", true},
-		{"undeclared.single", "single", true}, // which refuses, and names --target
+		{"undeclared.single", "single", false}, // which refuses, and names --target
 		{"a.b.single", "", false},
 		{"a.single.example", "single", false},
-		{"single.example", "example", true}, // an undeclared target of "example"
+		{"single.example", "example", false}, // an undeclared target of "example"
 		{"y.10.in.org", "x.10.in.org", false},
 		{"", "", false},
 		{".", "", false},

@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -43,10 +44,11 @@ type store struct {
 	work   chan struct{} // 1: there are pending records
 	done   chan struct{} // closed when the goroutine has ended
 
-	mu      sync.Mutex // protects what follows
-	pending map[string]record
-	waiting []chan error
-	closed  bool
+	mu       sync.Mutex // protects what follows
+	pending  map[string]record
+	waiting  []chan error
+	retrying bool
+	closed   bool
 }
 
 // ErrInUse is returned by Open where another process has the store's file.
@@ -77,8 +79,13 @@ func openStore(path string, logger *slog.Logger) (s *store, records []record, se
 				if err := json.Unmarshal(v, &rec); err != nil {
 					return fmt.Errorf("record of agent %q: %w", k, err)
 				}
-				if rec.Name != string(k) || protocol.CheckName(rec.Name) != nil || rec.Registration.Check(rec.Name) != nil {
-					return fmt.Errorf("record of agent %q: it is not one", k)
+				if rec.Name != string(k) {
+					return fmt.Errorf("record of agent %q: it is one of %q", k, rec.Name)
+				}
+				err := cmp.Or(protocol.CheckName(rec.Name), rec.Registration.Check(rec.Name))
+				if err != nil { // written by another version, perhaps
+					logger.Error("A stored agent is left out: this version does not take its registration", "agent", rec.Name, "err", err)
+					return nil
 				}
 				records = append(records, rec)
 				return nil
@@ -187,10 +194,14 @@ func (s *store) retry(failed map[string]record) {
 			s.pending[name] = rec
 		}
 	}
+	if s.retrying {
+		return
+	}
+	s.retrying = true
 	time.AfterFunc(retryWrite, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if !s.closed {
+		if s.retrying = false; !s.closed {
 			s.wake()
 		}
 	})

@@ -95,8 +95,8 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 			err = protocol.PassAhead(stream, buffered.Reader)
 		}
 		if err != nil {
-			scraper.Close()
-			stream.Close()
+			protocol.Reset(scraper)
+			protocol.Reset(stream)
 			return
 		}
 		scraper.SetDeadline(time.Time{})
@@ -117,7 +117,8 @@ func (s *Server) dialAgent(ctx context.Context, conn *fleet.Conn, authority stri
 	}
 	stream := opened.(*protocol.Stream)
 	stop := context.AfterFunc(ctx, func() { stream.Close() })
-	r := bufio.NewReader(stream)
+	head := &io.LimitedReader{R: stream, N: 64 << 10}
+	r := bufio.NewReader(head)
 	_, err = fmt.Fprintf(stream, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", authority, authority)
 	var resp *http.Response
 	if err == nil {

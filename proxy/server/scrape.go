@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"math"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -93,9 +94,6 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 			// The opaque URL goes out as it came in, in absolute form.
 			pr.Out.URL = &url.URL{Scheme: "http", Host: "agent", Opaque: sc.target}
 			pr.Out.Host = authority
-			// ReverseProxy would pass an upgrade on.
-			pr.Out.Header.Del("Connection")
-			pr.Out.Header.Del("Upgrade")
 			if sc.mode == "path" {
 				// Both are between the scraper and this proxy.
 				pr.Out.Header.Del("Authorization")
@@ -111,9 +109,18 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 			sc.refuse(w, r, s.explain(ctx, err, sc.route, sc.agent, sc.conn, sc.timeout))
 		},
 	}
-	if s.running.TryRLock() { // a shutdown waits for it, unless that has begun
-		defer s.running.RUnlock()
+	defer s.running.enter()()
+	// A scraper that sends no body, or reads none, must not hold the agent's place.
+	scraper := http.NewResponseController(w)
+	if r.ContentLength != 0 {
+		scraper.SetReadDeadline(sc.start.Add(sc.timeout))
 	}
+	scraper.SetWriteDeadline(sc.start.Add(sc.timeout + time.Second))
+	defer func() {
+		scraper.SetReadDeadline(time.Time{})
+		scraper.SetWriteDeadline(time.Time{})
+	}()
+	r.Header.Del("Upgrade") // ReverseProxy would pass an upgrade on
 	proxy.ServeHTTP(finalOnly{w}, r.WithContext(ctx))
 	finished = true
 }
@@ -146,6 +153,21 @@ func (sc *scrape) acquire(ctx context.Context) (*fleet.Conn, error) {
 	if sc.agent != nil { // of the first try
 		<-sc.agent.Scrapes
 		sc.agent = nil
+	}
+	if len(sc.route.Agents) > 1 { // any that has a place will do
+		for _, a := range rand.Perm(len(sc.route.Agents)) {
+			agent := sc.route.Agents[a]
+			conn := sc.server.fleet.ConnOf(agent)
+			if conn == nil {
+				continue
+			}
+			select {
+			case agent.Scrapes <- struct{}{}:
+				sc.agent, sc.conn = agent, conn
+				return conn, nil
+			default:
+			}
+		}
 	}
 	agent, conn, err := sc.server.await(ctx, sc.route)
 	if err != nil {
@@ -232,6 +254,9 @@ func since(t time.Time) string {
 
 // check looks at the response's head. What it returns goes to the ErrorHandler.
 func (sc *scrape) check(resp *http.Response) error {
+	if resp.StatusCode < 200 && resp.StatusCode != http.StatusSwitchingProtocols || resp.StatusCode > 599 {
+		return protocol.Refusef(http.StatusBadGateway, protocol.CodeBadResponse, "agent %q sent the status %d, which is none", sc.agent.Name, resp.StatusCode)
+	}
 	if code := resp.Header.Get(protocol.HeaderError); code != "" {
 		return agentRefusal(resp)
 	}
@@ -256,6 +281,9 @@ func (sc *scrape) check(resp *http.Response) error {
 
 // agentRefusal reads a refusal that the agent sent.
 func agentRefusal(resp *http.Response) *protocol.Refusal {
+	if resp.StatusCode < 400 || resp.StatusCode > 599 {
+		return protocol.Refusef(http.StatusBadGateway, protocol.CodeBadResponse, "the agent refused with the status %d, which is no refusal", resp.StatusCode)
+	}
 	return &protocol.Refusal{
 		Status:  resp.StatusCode,
 		Code:    protocol.Code(clip(resp.Header.Get(protocol.HeaderError), 40)),
@@ -287,7 +315,7 @@ func (s *Server) explain(ctx context.Context, err error, route fleet.Route, agen
 type finalOnly struct{ http.ResponseWriter }
 
 func (w finalOnly) WriteHeader(status int) {
-	if status >= 200 {
+	if status < 100 || status > 199 {
 		w.ResponseWriter.WriteHeader(status)
 	}
 }

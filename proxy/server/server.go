@@ -87,7 +87,7 @@ type Server struct {
 	agentAPI     *http.Server // serves the streams that agents open
 
 	draining atomic.Bool
-	running  sync.RWMutex   // held for reading by scrapes: shutdown waits for them
+	running  inFlight
 	pending  atomic.Int64   // sessions that have not registered
 	sessions sync.WaitGroup // goroutines of sessions and tunnels
 
@@ -140,6 +140,7 @@ func New(config Config) (*Server, error) {
 	s.metrics = newMetrics(config.Registry, s, stored)
 	s.config.Session.Stats = s.metrics.stats
 	s.config.Session.Logger = s.logger
+	setDefault(&s.config.Session.MaxAccepted, 8) // agents open streams for control alone
 	s.routes()
 	s.agentAPI = &http.Server{
 		Handler:           http.HandlerFunc(s.serveAgent),
@@ -167,10 +168,18 @@ func (s *Server) Listen() error {
 	if len(s.config.AgentListenAddresses) > 0 {
 		agentHandler = http.HandlerFunc(s.serveAgentListener)
 	}
-	if s.main, err = s.listen(s.config.ListenAddresses, s.config.WebConfigFile, http.HandlerFunc(s.serveMain)); err != nil {
+	purpose := "scrapers, discovery and agents"
+	if agentHandler != nil {
+		purpose = "scrapers and discovery"
+	}
+	if s.main, err = s.listen(purpose, s.config.ListenAddresses, s.config.WebConfigFile, http.HandlerFunc(s.serveMain)); err != nil {
 		return err
 	}
-	s.agents, err = s.listen(s.config.AgentListenAddresses, s.config.AgentWebConfigFile, agentHandler)
+	if s.agents, err = s.listen("agents", s.config.AgentListenAddresses, s.config.AgentWebConfigFile, agentHandler); err != nil {
+		for _, l := range s.main {
+			l.Close()
+		}
+	}
 	return err
 }
 
@@ -234,14 +243,8 @@ func (s *Server) shutdown() {
 		})
 	}
 	// The listeners stay open meanwhile: who balances load has to see /-/ready fail.
-	finished := make(chan struct{})
-	go func() {
-		defer close(finished)
-		s.running.Lock()
-		defer s.running.Unlock()
-	}()
 	select {
-	case <-finished:
+	case <-s.running.drain():
 	case <-ctx.Done():
 	}
 	var stopped sync.WaitGroup
@@ -262,6 +265,41 @@ func (s *Server) shutdown() {
 	}
 	s.agentAPI.Close()
 	s.sessions.Wait()
+}
+
+// inFlight counts the scrapes that shutdown waits for: those that began before it.
+type inFlight struct {
+	mu      sync.Mutex // protects what follows
+	n       int
+	drained chan struct{} // not nil: drain was called; closed when n is 0
+}
+
+// enter returns what is to be called when the scrape ends.
+func (f *inFlight) enter() (leave func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.drained != nil {
+		return func() {}
+	}
+	f.n++
+	return func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if f.n--; f.n == 0 && f.drained != nil {
+			close(f.drained)
+		}
+	}
+}
+
+// drain may be called once.
+func (f *inFlight) drain() <-chan struct{} {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.drained = make(chan struct{})
+	if f.n == 0 {
+		close(f.drained)
+	}
+	return f.drained
 }
 
 // spreadReconnects returns over which time n agents should come back.
@@ -316,7 +354,11 @@ func (s *Server) serveOwn(w http.ResponseWriter, r *http.Request) {
 		s.scrapePath(w, r, rest)
 		return
 	}
+	// Who reads none of the answer must not keep it in memory.
+	answer := http.NewResponseController(w)
+	answer.SetWriteDeadline(time.Now().Add(time.Minute))
 	s.mux.ServeHTTP(w, r)
+	answer.SetWriteDeadline(time.Time{})
 }
 
 // timeoutHeader is sent by Prometheus with each scrape, in seconds.
@@ -339,9 +381,9 @@ func (s *Server) misdirected(r *http.Request) *protocol.Refusal {
 		if !known {
 			continue
 		}
-		// The agent on the proxy's own machine may have the proxy's name, and a
-		// wildcard may cover it.
-		if port == localPort(r) && (!scrape || !route.Exact) {
+		// An agent on the proxy's own machine has the proxy's name, and a wildcard may
+		// cover it: that must not take the pages and discovery away.
+		if port == localPort(r) || !route.Exact && !scrape && r.URL.Path != "/metrics" {
 			continue
 		}
 		return protocol.Refusef(http.StatusMisdirectedRequest, protocol.CodeMisdirected,

@@ -239,7 +239,6 @@ func TestMisdirected(t *testing.T) {
 		{"path mode", "GET /scrape/web-1.example.net/agent/metrics HTTP/1.1\r\nHost: db.lan:9187\r\n", true},
 		{"any method", "DELETE /api/v1/agents/web-1.example.net HTTP/1.1\r\nHost: db.lan:9187\r\n", true},
 		{"forwarded host", "GET /metrics HTTP/1.1\r\nHost: backend\r\nX-Forwarded-Host: db.lan:9187\r\n", true},
-		{"a scrape, with the proxy's port", "GET /metrics HTTP/1.1\r\nHost: web-1.example.net:PORT\r\n" + timeoutHeader + "10\r\n", true},
 		{"HTTP/1.0 scrape", "GET /metrics HTTP/1.0\r\nHost: proxy\r\n" + timeoutHeader + "10\r\n", true},
 		{"HTTP/1.0 scrape without Host", "GET /metrics HTTP/1.0\r\n" + timeoutHeader + "10\r\n", true},
 
@@ -250,6 +249,8 @@ func TestMisdirected(t *testing.T) {
 		{"HTTP/1.0, no scrape", "GET /metrics HTTP/1.0\r\n", false},
 		{"HTTP/1.0 of another path", "GET /clients HTTP/1.0\r\n" + timeoutHeader + "10\r\n", false},
 		{"external URL within a wildcard", "GET /metrics HTTP/1.1\r\nHost: culvert.example.net\r\n", false},
+		{"a scrape of the proxy on an agent's host", "GET /metrics HTTP/1.1\r\nHost: web-1.example.net:PORT\r\n" + timeoutHeader + "10\r\n", false},
+		{"discovery within a wildcard", "GET /targets HTTP/1.1\r\nHost: proxy.example.net\r\n", false},
 		{"a browser on the proxy's port of an agent's host", "GET /metrics HTTP/1.1\r\nHost: web-1.example.net:PORT\r\n", false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -388,11 +389,9 @@ func TestSlowReader(t *testing.T) {
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	p := newProxy(t, nil)
+	newAgent(t, p, allowAll)
 	for name, head := range map[string]string{"before the head": "", "in mid-body": "half"} {
 		slow := newHang(t, head)
-		if name == "before the head" {
-			newAgent(t, p, allowAll)
-		}
 		for _, request := range []string{
 			"GET http://web-1:" + slow.port + "/ HTTP/1.1\r\nHost: x\r\n\r\n",
 			"GET /scrape/web-1/" + slow.port + "/ HTTP/1.1\r\nHost: x\r\n\r\n",

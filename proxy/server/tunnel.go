@@ -104,7 +104,7 @@ func (s *Server) serveSession(l *sessionListener) {
 	if reason == nil { // Serve ended because the proxy stops
 		reason = protocol.ErrClosed
 	}
-	if s.fleet.Lost(conn.Conn, reason.Error()) {
+	if s.fleet.Lost(conn.Conn, reason.Error()) && !s.draining.Load() {
 		s.logger.Info("Agent lost", "agent", conn.Agent, "from", conn.RemoteAddr, "reason", reason)
 	}
 	if registered {
@@ -161,9 +161,14 @@ func clip(s string, n int) string {
 
 // register takes a registration, one at a time for each session.
 func (s *Server) register(w http.ResponseWriter, r *http.Request, conn *agentConn) {
-	conn.turn <- struct{}{}
-	defer func() { <-conn.turn }()
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(registerTimeout))
 	reg, err := decodeRegistration(w, r)
+	select {
+	case conn.turn <- struct{}{}:
+	case <-r.Context().Done():
+		return
+	}
+	defer func() { <-conn.turn }()
 	check := r.URL.RawQuery == protocol.QueryCheck
 	switch {
 	case err != nil:
@@ -228,5 +233,12 @@ func (s *Server) leave(w http.ResponseWriter, r *http.Request, conn *agentConn) 
 	default:
 		s.logger.Info("Agent left for good", "agent", conn.Agent, "from", conn.RemoteAddr)
 		w.WriteHeader(http.StatusNoContent)
+		http.NewResponseController(w).Flush()
+		s.sessions.Go(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), drainRetry)
+			defer cancel()
+			conn.Ping(ctx) // comes back behind the answer
+			conn.Close()
+		})
 	}
 }

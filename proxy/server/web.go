@@ -27,25 +27,18 @@ type listener struct {
 
 type rawConnKey struct{}
 
-// listen binds addresses, with the TLS and the headers of a web configuration.
+// listen binds addresses for a purpose that the log tells, with the TLS and the headers of a web configuration.
 //
 // The file is exporter-toolkit's, checked by its code. Its own Serve is not used:
 // it reads the file anew for every request, offers HTTP/2 if asked to, and its
 // basic_auth_users would claim the Authorization that belongs to the target.
-func (s *Server) listen(addresses []string, webConfig string, handler http.Handler) ([]*listener, error) {
+func (s *Server) listen(purpose string, addresses []string, webConfig string, handler http.Handler) ([]*listener, error) {
 	config, err := loadWebConfig(webConfig)
 	if err != nil {
 		return nil, err
 	}
 	if len(config.HTTPConfig.Header) > 0 || config.RateLimiterConfig.Interval != 0 {
 		handler = decorate(handler, config)
-	}
-	purpose := "scrapers, discovery and agents"
-	switch {
-	case webConfig == s.config.AgentWebConfigFile && len(s.main) > 0:
-		purpose = "agents"
-	case len(s.config.AgentListenAddresses) > 0:
-		purpose = "scrapers and discovery"
 	}
 	var listeners []*listener
 	for _, address := range addresses {
