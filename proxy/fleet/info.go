@@ -1,0 +1,73 @@
+package fleet
+
+import (
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/culvert-io/culvert/protocol"
+)
+
+// Info is what is known of an agent, as the API shows it.
+type Info struct {
+	Name         string                `json:"name"`
+	Kind         string                `json:"kind"` // "culvert"
+	Connected    bool                  `json:"connected"`
+	Since        time.Time             `json:"since"` // connected, or lost
+	FirstSeen    time.Time             `json:"first_seen"`
+	LostReason   string                `json:"lost_reason,omitempty"`
+	RemoteAddr   string                `json:"remote_address,omitempty"`
+	Transport    string                `json:"transport,omitempty"` // "upgrade" or "websocket"
+	RTTSeconds   float64               `json:"rtt_seconds,omitempty"`
+	Streams      int                   `json:"streams"`
+	Registration protocol.Registration `json:"registration"`
+}
+
+// Agents returns what is known, sorted by name. The registrations are shared:
+// they must not be changed.
+func (f *Fleet) Agents() []Info {
+	f.mu.RLock()
+	infos := make([]Info, 0, len(f.agents))
+	for _, a := range f.agents {
+		infos = append(infos, a.info())
+	}
+	f.mu.RUnlock()
+	slices.SortFunc(infos, func(a, b Info) int { return strings.Compare(a.Name, b.Name) })
+	return infos
+}
+
+// Agent returns what is known of one agent.
+func (f *Fleet) Agent(name string) (Info, bool) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if a := f.agents[name]; a != nil {
+		return a.info(), true
+	}
+	return Info{}, false
+}
+
+func (a *Agent) info() Info {
+	i := Info{
+		Name: a.Name, Kind: "culvert", Since: a.since, FirstSeen: a.firstSeen,
+		LostReason: a.reason, Registration: a.registration,
+	}
+	if c := a.conn; c != nil {
+		i.Connected, i.RemoteAddr, i.Transport = true, c.RemoteAddr, c.Session.Transport
+		i.RTTSeconds, i.Streams = c.RTT().Seconds(), c.NumStreams()
+	}
+	return i
+}
+
+// Counts returns how many agents are connected and how many are lost.
+func (f *Fleet) Counts() (connected, lost int) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	for _, a := range f.agents {
+		if a.conn != nil {
+			connected++
+		} else {
+			lost++
+		}
+	}
+	return connected, lost
+}

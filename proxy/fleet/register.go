@@ -1,0 +1,166 @@
+package fleet
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/culvert-io/culvert/protocol"
+)
+
+// Register makes conn the session of its agent, or, where it is that already,
+// replaces the registration. An older session of the agent is closed. It returns
+// a *protocol.Refusal: 400 for a malformed registration, 409 where a name is
+// taken. When it returns nil the agent is stored, unless storing failed, which
+// is logged: scrapes go on without a store.
+func (f *Fleet) Register(ctx context.Context, conn *Conn, reg protocol.Registration) error {
+	var dead *Conn
+	for {
+		err := f.check(ctx, conn, reg, &dead)
+		if err != nil {
+			return err
+		}
+		f.mu.Lock()
+		a := f.agents[conn.Agent]
+		if err := f.collision(conn.Agent, reg); err != nil || f.rival(conn, dead) != nil {
+			f.mu.Unlock()
+			continue // somebody came in between
+		}
+		if conn.Err() != nil { // it ended meanwhile, and Lost has seen to it
+			f.mu.Unlock()
+			return protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeUnavailable, "the session has ended")
+		}
+		if a == nil {
+			a = f.newAgent(conn.Agent)
+			a.firstSeen = time.Now()
+			f.newest = a.firstSeen
+			f.agents[a.Name] = a
+		}
+		old := a.conn
+		f.unindex(a)
+		a.registration = reg
+		f.index(a)
+		if old != conn {
+			a.conn, a.since, a.reason = conn, time.Now(), ""
+			for w := range a.waiters {
+				select {
+				case w <- struct{}{}:
+				default:
+				}
+			}
+		}
+		rec := a.record()
+		f.mu.Unlock()
+		if old != nil && old != conn {
+			f.config.Logger.Info("Agent's session replaced", "agent", a.Name, "from", conn.RemoteAddr, "before", old.RemoteAddr)
+			go old.Close() // ends with the write that may be stuck in it
+		}
+		if f.store != nil {
+			saveCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveTimeout)
+			err := f.store.save(saveCtx, rec)
+			cancel()
+			if err != nil {
+				f.config.Logger.Error("The agent could not be stored; it would be unknown after a restart of this proxy", "agent", a.Name, "err", err)
+			}
+		}
+		return nil
+	}
+}
+
+// Check returns what Register would return, without any effect.
+func (f *Fleet) Check(ctx context.Context, conn *Conn, reg protocol.Registration) error {
+	var dead *Conn
+	return f.check(ctx, conn, reg, &dead)
+}
+
+// check looks for what speaks against a registration. It sets dead to the session
+// that has the name and gave no sign of life.
+func (f *Fleet) check(ctx context.Context, conn *Conn, reg protocol.Registration, dead **Conn) error {
+	if err := reg.Check(conn.Agent); err != nil {
+		return protocol.Refusef(http.StatusBadRequest, protocol.CodeInvalid, "registration of %q: %v", conn.Agent, err)
+	}
+	f.mu.RLock()
+	err := f.collision(conn.Agent, reg)
+	rival := f.rival(conn, *dead)
+	f.mu.RUnlock()
+	if err != nil {
+		return err
+	}
+	if rival == nil {
+		return nil
+	}
+	if alive(ctx, rival) {
+		return protocol.Refusef(http.StatusConflict, protocol.CodeTaken,
+			"the name %q is taken by a live agent at %s, connected for %s; stop that one, or choose another --fqdn",
+			conn.Agent, rival.RemoteAddr, time.Since(rival.started).Round(time.Second))
+	}
+	*dead = rival
+	return ctx.Err() // nobody waits for the answer any more
+}
+
+// rival returns the session of another process that has the name of conn's
+// agent, unless it is dead. It is called with mu held.
+func (f *Fleet) rival(conn, dead *Conn) *Conn {
+	a := f.agents[conn.Agent]
+	if a == nil || a.conn == nil || a.conn == conn || a.conn == dead || a.conn.Instance == conn.Instance {
+		return nil
+	}
+	return a.conn
+}
+
+// alive asks the session for a sign of life. Who asks may go away meanwhile; that
+// says nothing of the session, so ctx's end is not passed on.
+func alive(ctx context.Context, c *Conn) bool {
+	asked := time.Now()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), pingTimeout)
+	defer cancel()
+	if _, err := c.Ping(ctx); err == nil {
+		return true
+	}
+	// The answer may wait behind data: any frame will do.
+	return c.Err() == nil && c.LastHeard().After(asked)
+}
+
+// collision returns the refusal for a registration whose names lead elsewhere
+// already. Only hosts may be shared between agents. It is called with mu held.
+func (f *Fleet) collision(agent string, reg protocol.Registration) error {
+	taken := func(what, by string) error {
+		return protocol.Refusef(http.StatusConflict, protocol.CodeCollision,
+			"%s; rename one of them, or remove %q with culvert-client leave or DELETE /api/v1/agents/%s", what, by, by)
+	}
+	if _, known := f.agents[agent]; !known {
+		if holder := f.names[agent]; holder != nil {
+			return taken(fmt.Sprintf("the name %q is a target of agent %q", agent, holder.Name), holder.Name)
+		}
+		for holder := range f.hosts[agent] {
+			if holder.Name != agent {
+				return taken(fmt.Sprintf("the name %q is a host that agent %q answers for", agent, holder.Name), holder.Name)
+			}
+		}
+	}
+	targets := []string{protocol.AgentTarget}
+	for _, t := range reg.Targets {
+		targets = append(targets, t.Name)
+	}
+	for _, t := range targets {
+		full := t + "." + agent
+		if holder := f.agents[full]; holder != nil {
+			return taken(fmt.Sprintf("the target %q would have the name of agent %q", t, full), full)
+		}
+		for holder := range f.hosts[full] {
+			if holder.Name != agent {
+				return taken(fmt.Sprintf("the target %q would have the name %q, a host that agent %q answers for", t, full, holder.Name), holder.Name)
+			}
+		}
+	}
+	for _, h := range reg.Hosts {
+		if holder := f.agents[h]; holder != nil && holder.Name != agent {
+			return taken(fmt.Sprintf("the host %q is the name of an agent", h), h)
+		}
+		if holder := f.names[h]; holder != nil && holder.Name != agent {
+			return taken(fmt.Sprintf("the host %q is a target of agent %q", h, holder.Name), holder.Name)
+		}
+	}
+	return nil
+}
