@@ -37,8 +37,9 @@ type frameConn struct {
 	// Used by yamux's one receiving goroutine only.
 	incoming frameWatch
 
-	mu    sync.Mutex // protects cause
+	mu    sync.Mutex // protects what follows
 	cause error      // first error of a read or write
+	last  error      // latest one: yamux may report either
 }
 
 // The frame header of yamux (its spec.md): version, type, flags, stream, length.
@@ -165,6 +166,7 @@ func (c *frameConn) note(err error) error {
 		if c.cause == nil {
 			c.cause = err
 		}
+		c.last = err
 		c.mu.Unlock()
 		c.failed()
 	}
@@ -188,7 +190,7 @@ func (c *frameConn) endCause(muxError error) error {
 		return c.cause
 	case errors.Is(muxError, io.EOF), errors.Is(muxError, io.ErrUnexpectedEOF), errors.Is(muxError, yamux.ErrSessionShutdown):
 		return ErrPeerClosed
-	case c.cause != nil && errors.Is(muxError, c.cause):
+	case c.cause != nil && (errors.Is(muxError, c.cause) || errors.Is(muxError, c.last)):
 		return fmt.Errorf("%w: %w", ErrPeerClosed, c.cause)
 	}
 	return fmt.Errorf("%w: %w", ErrProtocol, muxError)

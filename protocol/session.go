@@ -375,11 +375,19 @@ func (s *Session) start(f func()) bool {
 	return true
 }
 
+// endError is what a call returns that met the end of the session, or came just
+// before it.
 func (s *Session) endError() error {
-	if err := s.Err(); err != nil {
-		return fmt.Errorf("session ended: %w", err)
+	err := s.Err()
+	if err == nil {
+		s.mu.Lock()
+		err = s.err
+		s.mu.Unlock()
 	}
-	return fmt.Errorf("session ended: %w", ErrClosed)
+	if err == nil {
+		err = ErrPeerClosed // the connection has failed, and yamux is about to see it
+	}
+	return fmt.Errorf("session ended: %w", err)
 }
 
 // streamError translates an error of yamux. A write timeout leaves yamux's

@@ -69,6 +69,9 @@ func (st *Stream) Write(p []byte) (int, error) {
 		if st.closing.Load() {
 			return total, net.ErrClosed
 		}
+		if st.session.ending.Load() {
+			return total, st.session.endError()
+		}
 		n, err := st.mux.Write(p[:min(len(p), copySize)])
 		total += n
 		if err != nil {
