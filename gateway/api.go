@@ -9,7 +9,6 @@ import (
 	"time"
 
 	dto "github.com/prometheus/client_model/go"
-	"github.com/prometheus/prometheus/model/histogram"
 )
 
 // The objects of the Pushgateway's query API, version 1.
@@ -155,28 +154,9 @@ func newAPISeries(m *dto.Metric) apiSeries {
 // ones, as Prometheus's API does: [boundaries, lower, upper, count], where
 // boundaries is 0 for (], 1 for [), 2 for (), 3 for [].
 func nativeBuckets(h *dto.Histogram) [][4]any {
-	spans := func(in []*dto.BucketSpan) []histogram.Span {
-		out := make([]histogram.Span, len(in))
-		for i, s := range in {
-			out[i] = histogram.Span{Offset: s.GetOffset(), Length: s.GetLength()}
-		}
-		return out
-	}
-	var fh *histogram.FloatHistogram
-	if h.GetSampleCountFloat() > 0 || h.GetZeroCountFloat() > 0 {
-		fh = &histogram.FloatHistogram{
-			Schema: h.GetSchema(), ZeroThreshold: h.GetZeroThreshold(), ZeroCount: h.GetZeroCountFloat(),
-			Count: h.GetSampleCountFloat(), Sum: h.GetSampleSum(),
-			PositiveSpans: spans(h.PositiveSpan), NegativeSpans: spans(h.NegativeSpan),
-			PositiveBuckets: h.PositiveCount, NegativeBuckets: h.NegativeCount,
-		}
-	} else {
-		fh = (&histogram.Histogram{
-			Schema: h.GetSchema(), ZeroThreshold: h.GetZeroThreshold(), ZeroCount: h.GetZeroCount(),
-			Count: h.GetSampleCount(), Sum: h.GetSampleSum(),
-			PositiveSpans: spans(h.PositiveSpan), NegativeSpans: spans(h.NegativeSpan),
-			PositiveBuckets: h.PositiveDelta, NegativeBuckets: h.NegativeDelta,
-		}).ToFloat(nil)
+	integer, fh := nativeOf(h)
+	if integer != nil {
+		fh = integer.ToFloat(nil)
 	}
 	buckets := [][4]any{}
 	for it := fh.AllBucketIterator(); it.Next(); {

@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -11,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/klauspost/compress/s2"
 	dto "github.com/prometheus/client_model/go"
 	"google.golang.org/protobuf/encoding/protowire"
 )
@@ -24,6 +24,9 @@ type Backend interface {
 	// returns nil they survive the end of the process. The records' bytes must not
 	// be changed.
 	Apply(changes []Change) error
+	// Probe tells whether Apply can write, by writing something of the size of a
+	// large push and removing it. It is called after Apply failed.
+	Probe() error
 	// Close ends it. Nothing is called after it.
 	Close() error
 }
@@ -37,12 +40,8 @@ type Change struct {
 // Record is a group as it is stored.
 type Record struct {
 	Key      Key
-	state    state // but for the image
-	families []prepared
-}
-
-func newRecord(key Key, st state) Record {
-	return Record{key, st, withoutGenerated(st.image)}
+	state    state      // but for what Store.build makes of it, the image too where it was read
+	families []prepared // where it was read
 }
 
 // recordHead is the JSON in front of a marshalled record.
@@ -51,8 +50,8 @@ type recordHead struct {
 	Key      map[string]string `json:"key"`
 	Pushed   int64             `json:"pushed"`
 	Failed   int64             `json:"failed,omitempty"`
-	TTL      time.Duration     `json:"ttl,omitempty"`
-	Interval time.Duration     `json:"interval,omitempty"`
+	TTL      *time.Duration    `json:"ttl,omitempty"` // only where a push named it
+	Interval *time.Duration    `json:"interval,omitempty"`
 	Expired  bool              `json:"expired,omitempty"`
 	Times    []int64           `json:"times"` // of the families' pushes, in order
 }
@@ -64,28 +63,44 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // MarshalBinary returns the record in its stored form: the length of a JSON head
 // as a varint, the head, the families as delimited protobuf messages, as in the
-// exposition format, and a CRC-32C of all that in 4 bytes, little-endian.
+// exposition format, compressed as one Snappy block, and a CRC-32C of all that in 4
+// bytes, little-endian. Compressed, a record takes about an eighth: of the disk's
+// bandwidth, and of the memory that a memory-mapped file takes.
 func (r *Record) MarshalBinary() ([]byte, error) {
 	st := r.state
-	head := recordHead{Version: recordVersion, Key: r.Key.Map(), Pushed: st.pushed, Failed: st.failed, TTL: st.ttl, Interval: st.interval, Expired: st.expired}
-	size := 0
-	for _, p := range r.families {
-		head.Times = append(head.Times, p.pushed)
-		size += len(p.proto) + 256
+	head := recordHead{Version: recordVersion, Key: r.Key.Map(), Pushed: st.pushed, Failed: st.failed, Expired: st.expired}
+	if st.named.TTL >= 0 {
+		head.TTL = &st.named.TTL
+	}
+	if st.named.Interval >= 0 {
+		head.Interval = &st.named.Interval
+	}
+	for i := range st.image.blocks {
+		if b := &st.image.blocks[i]; !isGenerated(b.name()) {
+			head.Times = append(head.Times, b.pushed)
+		}
 	}
 	text, err := json.Marshal(head)
 	if err != nil {
 		return nil, err
 	}
-	out := make([]byte, 0, size+len(text)+binary.MaxVarintLen64)
+	families := make([]byte, 0, len(st.image.data)+64*len(st.image.blocks))
+	var familyHead []byte
+	for i := range st.image.blocks {
+		b := &st.image.blocks[i]
+		m := b.meta.Value()
+		if isGenerated(m.name) {
+			continue
+		}
+		series := st.image.protoOf(b)
+		familyHead = appendFamilyHead(familyHead[:0], m.name, m.help, m.unit, m.kind)
+		families = appendLength(families, len(familyHead)+len(series))
+		families = append(append(families, familyHead...), series...)
+	}
+	out := make([]byte, 0, len(text)+s2.MaxEncodedLen(len(families))+binary.MaxVarintLen64+crc32.Size)
 	out = binary.AppendUvarint(out, uint64(len(text)))
 	out = append(out, text...)
-	for _, p := range r.families {
-		m := p.meta.Value()
-		familyHead := appendFamilyHead(nil, m.name, m.help, m.unit, m.kind)
-		out = appendLength(out, len(familyHead)+len(p.proto))
-		out = append(append(out, familyHead...), p.proto...)
-	}
+	out = append(out, s2.EncodeSnappy(out[len(out):cap(out)], families)...)
 	return binary.LittleEndian.AppendUint32(out, crc32.Checksum(out, castagnoli)), nil
 }
 
@@ -127,16 +142,26 @@ func (r *Record) UnmarshalBinary(data []byte) error {
 	if err != nil {
 		return err
 	}
-	families, err := parseProtobuf(bytes.NewReader(data[n+int(size):]))
+	content, err := s2.Decode(nil, data[n+int(size):])
+	if err != nil {
+		return fmt.Errorf("group %s: %w", key, err)
+	}
+	families, err := parseProtobuf(content)
 	if err != nil {
 		return fmt.Errorf("group %s: %w", key, err)
 	}
 	if len(families) != len(head.Times) {
 		return fmt.Errorf("group %s: %d families, and %d times of them", key, len(families), len(head.Times))
 	}
-	*r = Record{Key: key, state: state{pushed: head.Pushed, failed: head.Failed, ttl: head.TTL, interval: head.Interval, expired: head.Expired}}
+	*r = Record{Key: key, state: state{pushed: head.Pushed, failed: head.Failed, named: unnamed, expired: head.Expired}}
+	if head.TTL != nil {
+		r.state.named.TTL = *head.TTL
+	}
+	if head.Interval != nil {
+		r.state.named.Interval = *head.Interval
+	}
 	for i, name := range slices.Sorted(maps.Keys(families)) {
-		p, err := prepareFamily(key, families[name], head.Times[i])
+		p, err := prepareFamily(key, key.forced(), families[name], head.Times[i])
 		if err != nil {
 			return fmt.Errorf("group %s: %w", key, err)
 		}
@@ -152,4 +177,5 @@ type memory struct{}
 
 func (memory) Load(func(Record) error) error { return nil }
 func (memory) Apply([]Change) error          { return nil }
+func (memory) Probe() error                  { return nil }
 func (memory) Close() error                  { return nil }

@@ -1,7 +1,7 @@
 package gateway
 
 import (
-	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/s2"
@@ -16,23 +18,150 @@ import (
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
-	"google.golang.org/protobuf/encoding/protodelim"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 )
 
-// ErrBodyTooLarge is returned by readBody where the body, as sent or
-// decompressed, is larger than allowed.
+// ErrBodyTooLarge is returned where the body of a push, as sent or decompressed,
+// is larger than allowed.
 var ErrBodyTooLarge = errors.New("the body is too large")
 
-// readBody returns the decompressed body of a push, of at most limit bytes. An
-// encoding that it doesn't know is ignored, as the Pushgateway does.
-func readBody(r *http.Request, limit int64) (io.Reader, func(), error) {
-	var body io.Reader = &limitedReader{r: r.Body, left: limit}
+const (
+	// smallBody is up to which size in bytes bodies are read without a place.
+	smallBody = 1 << 20
+	// readPause is how long a client may send nothing.
+	readPause = 30 * time.Second
+	// maxRead is how long a whole body may take.
+	maxRead = 10 * time.Minute
+)
+
+// readBody reads the body of a push, which what names, and takes a place for
+// parsing it. done gives back what it holds, the body too.
+func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, what string) (content []byte, done func(), err error) {
+	var release []func()
+	finish := func() {
+		for _, f := range slices.Backward(release) {
+			f()
+		}
+	}
+	defer func() {
+		if err != nil {
+			finish()
+		}
+		if errors.Is(err, ErrBodyTooLarge) {
+			err = fmt.Errorf("%w: %s may have %d bytes, decompressed too (--push.max-body-size)", ErrBodyTooLarge, what, g.config.MaxBodySize)
+		}
+	}()
+	if r.ContentLength > g.config.MaxBodySize {
+		return nil, nil, ErrBodyTooLarge
+	}
+	sent := &patientReader{body: r.Body, conn: http.NewResponseController(w), end: time.Now().Add(maxRead)}
+	defer sent.stop()
+	body, closeBody, err := decompress(&limitedReader{r: sent, left: g.config.MaxBodySize}, r.Header.Get("Content-Encoding"), g.config.MaxBodySize)
+	if err != nil {
+		return nil, nil, bodyError(what, sent, err)
+	}
+	release = append(release, closeBody)
+	buf := buffers.Get().(*bytes.Buffer)
+	buf.Reset()
+	release = append(release, func() {
+		if buf.Cap() <= smallBody {
+			buffers.Put(buf)
+		}
+	})
+	if _, err := buf.ReadFrom(io.LimitReader(body, smallBody)); err != nil {
+		return nil, nil, bodyError(what, sent, err)
+	}
+	if buf.Len() == smallBody {
+		leave, err := enter(r, g.large)
+		if err != nil {
+			return nil, nil, err
+		}
+		release = append(release, leave)
+		if _, err := buf.ReadFrom(body); err != nil {
+			return nil, nil, bodyError(what, sent, err)
+		}
+	}
+	g.metrics.size.Observe(float64(buf.Len()))
+	leave, err := enter(r, g.parsing)
+	if err != nil {
+		return nil, nil, err
+	}
+	release = append(release, leave)
+	return buf.Bytes(), finish, nil
+}
+
+var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+
+// bodyError tells a client that sends too slowly from one that sends nonsense.
+func bodyError(what string, sent *patientReader, err error) error {
+	switch {
+	case errors.Is(err, ErrBodyTooLarge):
+		return err
+	case sent.timeout != nil:
+		return fmt.Errorf("the body of %s did not come in time: %w", what, sent.timeout)
+	}
+	return badRequest{fmt.Errorf("the body of %s: %w", what, err)}
+}
+
+// enter takes a place; it waits for one as long as a change would wait.
+func enter(r *http.Request, places chan struct{}) (leave func(), err error) {
+	select {
+	case places <- struct{}{}:
+		return func() { <-places }, nil
+	default:
+	}
+	timer := time.NewTimer(queueWait)
+	defer timer.Stop()
+	select {
+	case places <- struct{}{}:
+		return func() { <-places }, nil
+	case <-timer.C:
+		return nil, fmt.Errorf("%w: other pushes are being read; try again later", ErrBusy)
+	case <-r.Context().Done():
+		return nil, r.Context().Err()
+	}
+}
+
+// patientReader reads a body whose sender may pause, but not for ever.
+type patientReader struct {
+	body    io.Reader
+	conn    *http.ResponseController
+	end     time.Time
+	timeout error
+}
+
+func (p *patientReader) Read(b []byte) (int, error) {
+	deadline := time.Now().Add(readPause)
+	if deadline.After(p.end) {
+		deadline = p.end
+	}
+	_ = p.conn.SetReadDeadline(deadline) // a connection without deadlines has its server's
+	n, err := p.body.Read(b)
+	if timeout, ok := errors.AsType[interface {
+		error
+		Timeout() bool
+	}](err); ok && timeout.Timeout() {
+		p.timeout = err
+	}
+	return n, err
+}
+
+func (p *patientReader) stop() {
+	if p.timeout == nil {
+		_ = p.conn.SetReadDeadline(time.Time{})
+	}
+}
+
+// decompress returns the content of a body, of at most limit bytes. An encoding
+// that it doesn't know is ignored, as the Pushgateway does.
+func decompress(body io.Reader, encoding string, limit int64) (io.Reader, func(), error) {
 	done := func() {}
-	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
+	switch strings.ToLower(encoding) {
 	case "gzip":
 		zr, err := gzip.NewReader(body)
 		if err != nil {
-			return nil, nil, fmt.Errorf("the body is not gzip: %w", err)
+			return nil, nil, fmt.Errorf("it is not gzip, as its Content-Encoding says: %w", err)
 		}
 		body = zr
 	case "snappy": // framed
@@ -40,7 +169,7 @@ func readBody(r *http.Request, limit int64) (io.Reader, func(), error) {
 	case "zstd":
 		zr, err := zstd.NewReader(body, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(64<<20))
 		if err != nil {
-			return nil, nil, fmt.Errorf("the body is not zstd: %w", err)
+			return nil, nil, fmt.Errorf("it is not zstd, as its Content-Encoding says: %w", err)
 		}
 		body, done = zr, zr.Close
 	default:
@@ -70,49 +199,124 @@ func (l *limitedReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// parseBody reads the families of a push, sorted by name. The format is chosen by
-// the Content-Type: delimited protobuf, else text 0.0.4.
-func parseBody(contentType string, body io.Reader) ([]*dto.MetricFamily, error) {
-	var families map[string]*dto.MetricFamily
-	var err error
-	if isProtobuf(contentType) {
-		families, err = parseProtobuf(body)
-	} else {
-		parser := expfmt.NewTextParser(model.UTF8Validation)
-		families, err = parser.TextToMetricFamilies(body)
+// format is one of those in which a body may be.
+type format int
+
+const (
+	formatText format = iota
+	formatProtobuf
+	formatOpenMetrics
+)
+
+// formatOf chooses the format by the Content-Type: delimited protobuf, OpenMetrics
+// 1.0, else text 0.0.4.
+func formatOf(contentType string) format {
+	mediaType, params, _ := mime.ParseMediaType(contentType)
+	switch {
+	case mediaType == "application/vnd.google.protobuf" && params["proto"] == "io.prometheus.client.MetricFamily" && params["encoding"] == "delimited":
+		return formatProtobuf
+	case mediaType == "application/openmetrics-text":
+		return formatOpenMetrics
 	}
+	return formatText
+}
+
+// parse reads the families of a body, sorted by name.
+func (f format) parse(body []byte) ([]*dto.MetricFamily, error) {
+	parse := parseText
+	switch f {
+	case formatProtobuf:
+		parse = parseProtobuf
+	case formatOpenMetrics:
+		parse = parseOpenMetrics
+	}
+	families, err := parse(body)
 	if err != nil {
 		return nil, err
 	}
 	sorted := make([]*dto.MetricFamily, 0, len(families))
-	for _, f := range families {
-		sorted = append(sorted, f)
+	for _, family := range families {
+		sorted = append(sorted, family)
 	}
 	slices.SortFunc(sorted, func(a, b *dto.MetricFamily) int { return strings.Compare(a.GetName(), b.GetName()) })
 	return sorted, nil
 }
 
-func isProtobuf(contentType string) bool {
-	mediaType, params, err := mime.ParseMediaType(contentType)
-	return err == nil && mediaType == "application/vnd.google.protobuf" &&
-		params["proto"] == "io.prometheus.client.MetricFamily" && params["encoding"] == "delimited"
+// parseText reads text format 0.0.4.
+func parseText(body []byte) (map[string]*dto.MetricFamily, error) {
+	if line := nameless(body); line > 0 {
+		return nil, fmt.Errorf("text format parsing error in line %d: there is no metric name in front of or between the braces", line)
+	}
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	return parser.TextToMetricFamilies(bytes.NewReader(body))
 }
 
-// parseProtobuf reads messages with their length in front. Of two messages with
-// one name the later counts.
-func parseProtobuf(body io.Reader) (map[string]*dto.MetricFamily, error) {
-	r := bufio.NewReader(body)
-	families := map[string]*dto.MetricFamily{}
-	for n := 1; ; n++ {
-		f := new(dto.MetricFamily)
-		// The limit on the body bounds a message too.
-		err := protodelim.UnmarshalOptions{MaxSize: -1}.UnmarshalFrom(r, f)
-		if err == io.EOF {
-			return families, nil
+// nameless returns the number of the first line that starts with a brace and has
+// no quoted metric name behind it, 0 where there is none. The parser would take
+// such a sample for one of the metric above it.
+func nameless(body []byte) int {
+	for n := 1; len(body) > 0; n++ {
+		var line []byte
+		line, body, _ = bytes.Cut(body, []byte("\n"))
+		if line = bytes.TrimLeft(line, " \t"); len(line) > 0 && line[0] == '{' && !quotedName(line[1:]) {
+			return n
 		}
-		if err != nil {
+	}
+	return 0
+}
+
+// quotedName reports whether a string that isn't followed by "=" stands between
+// the braces, of which the first is cut off.
+func quotedName(s []byte) bool {
+	for len(s) > 0 && s[0] != '}' {
+		if s[0] != '"' {
+			s = s[1:]
+			continue
+		}
+		end := 1
+		for end < len(s) && s[end] != '"' {
+			if s[end] == '\\' {
+				end++
+			}
+			end++
+		}
+		if end >= len(s) {
+			return true // the parser tells what is wrong
+		}
+		s = bytes.TrimLeft(s[end+1:], " \t")
+		if len(s) == 0 || s[0] != '=' {
+			return true
+		}
+		s = bytes.TrimLeft(s[1:], " \t") // behind "=": the label's value
+		if len(s) > 0 && s[0] == '"' {
+			end := 1
+			for end < len(s) && s[end] != '"' {
+				if s[end] == '\\' {
+					end++
+				}
+				end++
+			}
+			s = s[min(end+1, len(s)):]
+		}
+	}
+	return false
+}
+
+// parseProtobuf reads messages with their length as a varint in front. Of two
+// messages with one name the later counts.
+func parseProtobuf(body []byte) (map[string]*dto.MetricFamily, error) {
+	families := map[string]*dto.MetricFamily{}
+	for n := 1; len(body) > 0; n++ {
+		message, size := protowire.ConsumeBytes(body)
+		if size < 0 {
+			return nil, fmt.Errorf("protobuf message %d is cut off, or no delimited io.prometheus.client.MetricFamily", n)
+		}
+		f := new(dto.MetricFamily)
+		if err := (proto.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(message, f); err != nil {
 			return nil, fmt.Errorf("protobuf message %d: %w", n, err)
 		}
 		families[f.GetName()] = f
+		body = body[size:]
 	}
+	return families, nil
 }

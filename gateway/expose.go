@@ -4,9 +4,11 @@ import (
 	"bufio"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -23,6 +25,7 @@ type view struct {
 	kind       dto.MetricType
 	own        *dto.MetricFamily // the server's own series of that name, if any
 	entries    []entry
+	images     []*image // by slot, as they were at that moment
 }
 
 // views takes all families at one moment, so that no scrape sees half a push.
@@ -32,16 +35,17 @@ func (s *Store) views() map[string]*view {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	views := make(map[string]*view, len(s.families))
+	images := slices.Clone(s.images)
 	for name, f := range s.families {
-		views[name] = &view{name: name, help: f.help, kind: f.kind, entries: slices.Clone(f.entries)}
+		f.shared.Store(true)
+		views[name] = &view{name: name, help: f.help, kind: f.kind, entries: f.entries, images: images}
 	}
 	return views
 }
 
-// Expose answers a scrape with the groups, and the server's own families where
-// some are given; those determine HELP.
-func (s *Store) Expose(w http.ResponseWriter, r *http.Request, own []*dto.MetricFamily) {
-	views := s.views()
+// expose answers a scrape with families of the groups and the server's own, which
+// determine HELP.
+func expose(w http.ResponseWriter, r *http.Request, views map[string]*view, own []*dto.MetricFamily, logger *slog.Logger) {
 	for _, f := range own {
 		v := views[f.GetName()]
 		if v == nil {
@@ -68,7 +72,7 @@ func (s *Store) Expose(w http.ResponseWriter, r *http.Request, own []*dto.Metric
 	for _, name := range slices.Sorted(maps.Keys(views)) {
 		if err := views[name].write(buffered, format); err != nil {
 			// The status is out: what is written must not pass for the whole.
-			s.config.Logger.Error("A scrape broke off", "metric", name, "err", err)
+			logger.Error("A scrape broke off", "metric", name, "err", err)
 			panic(http.ErrAbortHandler)
 		}
 	}
@@ -102,10 +106,18 @@ func negotiate(h http.Header) expfmt.Format {
 	return expfmt.NegotiateAccept(h, expfmt.DefaultAcceptedFormats()...)
 }
 
+// acceptsGzip reports whether an Accept-Encoding names gzip, with a weight that is
+// not 0.
 func acceptsGzip(h http.Header) bool {
-	for _, a := range goautoneg.ParseAccept(h.Get("Accept-Encoding")) {
-		if a.Type == "gzip" && a.Q > 0 {
-			return true
+	for _, line := range h.Values("Accept-Encoding") {
+		for part := range strings.SplitSeq(line, ",") {
+			coding, params, _ := strings.Cut(part, ";")
+			if !strings.EqualFold(strings.TrimSpace(coding), "gzip") {
+				continue
+			}
+			weight, ok := strings.CutPrefix(strings.ToLower(strings.ReplaceAll(params, " ", "")), "q=")
+			q, err := strconv.ParseFloat(weight, 64)
+			return !ok || err != nil || q > 0
 		}
 	}
 	return false
@@ -135,7 +147,7 @@ func (v *view) write(w *bufio.Writer, format expfmt.Format) error {
 
 // foreign reports whether what is written depends on the escaping scheme.
 func (v *view) foreign() bool {
-	return slices.ContainsFunc(v.entries, func(e entry) bool { return e.block.meta.Value().foreign })
+	return slices.ContainsFunc(v.entries, func(e entry) bool { return e.block(v.images).meta.Value().foreign })
 }
 
 func (v *view) writeText(w *bufio.Writer, escaping model.EscapingScheme) error {
@@ -161,9 +173,10 @@ func (v *view) writeText(w *bufio.Writer, escaping model.EscapingScheme) error {
 		w.Write(text)
 	}
 	for _, e := range v.entries {
-		text := e.image.textOf(e.block)
-		if escaping != model.UnderscoreEscaping && e.block.meta.Value().foreign {
-			f, err := e.image.decode(e.block)
+		im, b := v.images[e.slot], e.block(v.images)
+		text := im.textOf(b)
+		if escaping != model.UnderscoreEscaping && b.meta.Value().foreign {
+			f, err := im.decode(b)
 			if err == nil {
 				text, err = encodeText(v.name, v.kind, f.Metric, escaping, true)
 			}
@@ -193,7 +206,7 @@ func (v *view) writeProto(w *bufio.Writer) error {
 	}
 	size := 0
 	for _, e := range v.entries {
-		series = append(series, e.image.protoOf(e.block))
+		series = append(series, v.images[e.slot].protoOf(e.block(v.images)))
 	}
 	head := appendFamilyHead(nil, v.name, v.help, unit, v.kind)
 	for _, s := range series {
@@ -219,7 +232,7 @@ func (v *view) decode() (*dto.MetricFamily, error) {
 		f.Metric = append(f.Metric, v.own.Metric...)
 	}
 	for _, e := range v.entries {
-		part, err := e.image.decode(e.block)
+		part, err := v.images[e.slot].decode(e.block(v.images))
 		if err != nil {
 			return nil, err
 		}

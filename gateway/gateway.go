@@ -8,18 +8,27 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
+	"runtime"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
-	"github.com/prometheus/common/model"
 )
 
-// Header fields of a push, and the query parameters of the same meaning.
+// Header fields of a push.
 const (
-	HeaderTTL      = "Culvert-TTL"      // ?ttl=
-	HeaderInterval = "Culvert-Interval" // ?interval=
+	// HeaderTTL and HeaderInterval are the query parameters ttl and interval.
+	HeaderTTL      = "Culvert-TTL"
+	HeaderInterval = "Culvert-Interval"
+	// HeaderPushTime says when the push was made, in Unix seconds with at most 9
+	// decimals, where that is not now: it was relayed or imported. 0: never.
+	HeaderPushTime = "Culvert-Push-Time"
+	// HeaderFailureTime says when the last push of the group failed, in the same
+	// form, for imports.
+	HeaderFailureTime = "Culvert-Failure-Time"
 )
 
 // Config tunes a Gateway. Zero values mean the defaults.
@@ -27,16 +36,22 @@ type Config struct {
 	// MaxBodySize bounds the body of a push in bytes, as sent and decompressed. 64
 	// MiB by default.
 	MaxBodySize int64
-	// MaxSeriesPerGroup bounds the series of one push, 0: no bound.
-	MaxSeriesPerGroup int
-	// Own are the server's own metrics, served beside the groups.
-	Own prometheus.Gatherer
+	// Own are the server's own metrics. None by default.
+	Own *Own
+	// Registerer gets the gateway's metrics: names start with push_. None by default.
+	Registerer prometheus.Registerer
 }
 
 // Gateway is the HTTP side of a store.
 type Gateway struct {
-	config Config
-	store  *Store
+	config  Config
+	store   *Store
+	metrics *metrics
+
+	// Parsing takes many times the memory of the body, so it takes a place.
+	parsing chan struct{}
+	// large are the places for bodies of more than smallBody.
+	large chan struct{}
 }
 
 // New returns a gateway to the store.
@@ -45,9 +60,12 @@ func New(config Config, store *Store) *Gateway {
 		config.MaxBodySize = 64 << 20
 	}
 	if config.Own == nil {
-		config.Own = prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { return nil, nil })
+		config.Own = NewOwn(prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { return nil, nil }), "culvert_")
 	}
-	return &Gateway{config: config, store: store}
+	return &Gateway{
+		config: config, store: store, metrics: newMetrics(config.Registerer, store),
+		parsing: make(chan struct{}, 4*runtime.GOMAXPROCS(0)), large: make(chan struct{}, 2),
+	}
 }
 
 // badRequest is a mistake of the client.
@@ -56,40 +74,21 @@ type badRequest struct{ err error }
 func (e badRequest) Error() string { return e.err.Error() }
 func (e badRequest) Unwrap() error { return e.err }
 
-// ErrTooManySeries is returned for a push with more than Config.MaxSeriesPerGroup.
+// ErrTooManySeries is returned where a group would have more series than
+// StoreConfig.MaxSeriesPerGroup.
 var ErrTooManySeries = errors.New("too many series")
 
-// ServePush answers PUT, POST and DELETE of a group. rest is what follows
-// /metrics/job in the path, percent-decoded.
-func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string) {
-	var err error
-	switch r.Method {
-	case http.MethodPut, http.MethodPost:
-		err = g.push(r, rest)
-	case http.MethodDelete:
-		if err = g.delete(r, rest); err == nil {
-			w.WriteHeader(http.StatusAccepted)
-		}
-	default:
-		w.Header().Set("Allow", "DELETE, OPTIONS, POST, PUT")
-		if r.Method != http.MethodOptions {
-			http.Error(w, "use PUT, POST or DELETE", http.StatusMethodNotAllowed)
-		}
-		return
-	}
-	if err != nil {
-		status := statusOf(err)
-		if status == http.StatusServiceUnavailable {
-			w.Header().Set("Retry-After", "5")
-		}
-		http.Error(w, err.Error(), status)
-	}
+func tooManySeries(key Key, n, limit int) error {
+	return fmt.Errorf("%w: the group %s would have %d, at most %d are allowed (--push.max-series-per-group)", ErrTooManySeries, key, n, limit)
 }
 
 // statusOf maps the errors of this package to HTTP.
 func statusOf(err error) int {
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok || errors.Is(err, ErrBodyTooLarge) || errors.Is(err, ErrTooManySeries) {
 		return http.StatusRequestEntityTooLarge
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return http.StatusRequestTimeout
 	}
 	if _, ok := errors.AsType[*Rejection](err); ok {
 		return http.StatusBadRequest
@@ -103,77 +102,184 @@ func statusOf(err error) int {
 	return http.StatusServiceUnavailable
 }
 
-func (g *Gateway) push(r *http.Request, rest string) error {
-	key, err := ParsePath(rest)
-	if err != nil {
-		return badRequest{err}
+// retryAfter is how long, in seconds, a client is asked to wait where the store
+// can't take its push.
+const retryAfter = 5
+
+// answer runs a handler, counts it, and answers with its error, or with a status
+// where the handler has written nothing.
+func (g *Gateway) answer(w http.ResponseWriter, handler string, success int, f func() error) {
+	start, status := time.Now(), success
+	if err := f(); err == nil {
+		if success != http.StatusOK {
+			w.WriteHeader(success)
+		}
+	} else {
+		status = statusOf(err)
+		if status == http.StatusServiceUnavailable {
+			w.Header().Set("Retry-After", strconv.Itoa(retryAfter))
+		}
+		http.Error(w, err.Error(), status)
 	}
-	c := &change{key: key, replace: r.Method == http.MethodPut}
-	if c.ttl, err = durationOf(r, "ttl", HeaderTTL); err != nil {
-		return badRequest{err}
-	}
-	if c.interval, err = durationOf(r, "interval", HeaderInterval); err != nil {
-		return badRequest{err}
-	}
-	body, done, err := readBody(r, g.config.MaxBodySize)
-	if err != nil {
-		return badRequest{err}
-	}
-	defer done()
-	families, err := parseBody(r.Header.Get("Content-Type"), body)
-	if errors.Is(err, ErrBodyTooLarge) {
-		return fmt.Errorf("%w: at most %d bytes are allowed, decompressed too (--push.max-body-size)", ErrBodyTooLarge, g.config.MaxBodySize)
-	}
-	if err != nil {
-		return badRequest{fmt.Errorf("the body of the push to %s: %w", key, err)}
-	}
-	n := 0
-	for _, f := range families {
-		n += len(f.Metric)
-	}
-	if limit := g.config.MaxSeriesPerGroup; limit > 0 && n > limit {
-		return fmt.Errorf("%w: the push to %s has %d, at most %d are allowed (--push.max-series-per-group)", ErrTooManySeries, key, n, limit)
-	}
-	c.pushed, c.reasons = prepare(key, families, g.store.config.Now().UnixNano())
-	return g.store.do(r.Context(), c)
+	g.metrics.observe(handler, status, time.Since(start))
 }
 
-func (g *Gateway) delete(r *http.Request, rest string) error {
-	key, err := ParsePath(rest)
-	if err != nil {
-		return badRequest{err}
-	}
-	return g.store.do(r.Context(), &change{key: key, delete: true})
+// ServePush answers PUT and POST of a group. rest is what follows /metrics/job in
+// the path, percent-decoded.
+func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string) {
+	g.answer(w, "push", http.StatusOK, func() error {
+		key, err := ParsePath(rest)
+		if err != nil {
+			return badRequest{err}
+		}
+		e, err := g.editOf(r)
+		if err != nil {
+			return badRequest{err}
+		}
+		what := "the push to " + key.String()
+		body, done, err := g.readBody(w, r, what)
+		if err != nil {
+			return err
+		}
+		defer done()
+		e.key = key
+		format, plain := formatOf(r.Header.Get("Content-Type")), false
+		if format == formatText {
+			e.pushed, plain = encodePlain(key, body, unixNano(e.at))
+		}
+		if !plain {
+			families, err := format.parse(body)
+			if err != nil {
+				return badRequest{fmt.Errorf("the body of %s: %w", what, err)}
+			}
+			e.pushed, e.reasons = prepare(key, families, unixNano(e.at))
+		}
+		g.refuseOwn(&e)
+		return g.store.do(r.Context(), &change{edits: []edit{e}})
+	})
 }
 
-// durationOf reads a duration from the query, else from the header; nil where
-// neither is there.
-func durationOf(r *http.Request, parameter, header string) (*time.Duration, error) {
-	text := r.URL.Query().Get(parameter)
-	if text == "" {
-		text = r.Header.Get(header)
+// ServeDelete answers DELETE of a group; rest as for ServePush.
+func (g *Gateway) ServeDelete(w http.ResponseWriter, r *http.Request, rest string) {
+	g.answer(w, "delete", http.StatusAccepted, func() error {
+		key, err := ParsePath(rest)
+		if err != nil {
+			return badRequest{err}
+		}
+		return g.store.do(r.Context(), &change{edits: []edit{{key: key, delete: true}}})
+	})
+}
+
+// ServeWipe deletes all groups.
+func (g *Gateway) ServeWipe(w http.ResponseWriter, r *http.Request) {
+	g.answer(w, "wipe", http.StatusAccepted, func() error {
+		_, err := g.store.Delete(r.Context(), func(Key) bool { return true }, false)
+		return err
+	})
+}
+
+// ServeBatch answers a push to many groups at once, POST or PUT with
+// ?group_by=job,instance: the grouping keys are read from the labels of the series
+// themselves; a label that a series lacks, or has empty, is not part of its key.
+// All groups are changed, or none.
+func (g *Gateway) ServeBatch(w http.ResponseWriter, r *http.Request) {
+	g.answer(w, "batch", http.StatusOK, func() error {
+		names, err := groupBy(r.URL.Query().Get("group_by"))
+		if err != nil {
+			return badRequest{err}
+		}
+		template, err := g.editOf(r)
+		if err != nil {
+			return badRequest{err}
+		}
+		body, done, err := g.readBody(w, r, "the push")
+		if err != nil {
+			return err
+		}
+		defer done()
+		families, err := formatOf(r.Header.Get("Content-Type")).parse(body)
+		if err != nil {
+			return badRequest{fmt.Errorf("the body of the push: %w", err)}
+		}
+		parts, err := splitByKey(families, names)
+		if err != nil {
+			return badRequest{err}
+		}
+		c := new(change)
+		for _, p := range parts {
+			e := template
+			e.key = p.key
+			e.pushed, e.reasons = prepare(p.key, p.families, unixNano(e.at))
+			g.refuseOwn(&e)
+			c.edits = append(c.edits, e)
+		}
+		if err := g.store.do(r.Context(), c); err != nil {
+			return err
+		}
+		WriteAPI(w, map[string]int{"groups": len(c.edits)})
+		return nil
+	})
+}
+
+// editOf reads what the request says of its pushes beside the body.
+func (g *Gateway) editOf(r *http.Request) (e edit, err error) {
+	now := g.store.config.Now()
+	e.replace, e.at = r.Method == http.MethodPut, now
+	if e.ttl, err = durationOf(r, "ttl", HeaderTTL); err != nil {
+		return e, err
 	}
-	if text == "" {
-		return nil, nil
+	if e.interval, err = durationOf(r, "interval", HeaderInterval); err != nil {
+		return e, err
 	}
-	d, err := model.ParseDuration(strings.TrimSpace(text))
+	if e.aggregate, err = parseAggregation(r.URL.Query()); err != nil {
+		return e, err
+	}
+	at, err := timeOf(r.Header, HeaderPushTime, now)
 	if err != nil {
-		return nil, fmt.Errorf("%s=%q is not a duration; write it as in 30m, 24h or 7d, or 0 for none", parameter, text)
+		return e, err
 	}
-	v := time.Duration(d)
-	return &v, nil
+	if at != nil {
+		e.at = *at
+	}
+	e.failed, err = timeOf(r.Header, HeaderFailureTime, now)
+	return e, err
+}
+
+// refuseOwn refuses families that are, or may become, the server's own.
+func (g *Gateway) refuseOwn(e *edit) {
+	for _, p := range e.pushed.families {
+		if strings.HasPrefix(p.name(), g.config.Own.prefix) {
+			e.reasons = append(e.reasons, fmt.Sprintf("metric %q: names that start with %q are the server's own", p.name(), g.config.Own.prefix))
+		}
+	}
 }
 
 // ServeMetrics answers a scrape: the groups and the server's own metrics, or one
 // of them with ?only=groups or ?only=self.
 func (g *Gateway) ServeMetrics(w http.ResponseWriter, r *http.Request) {
-	only := r.URL.Query().Get("only")
 	var own []*dto.MetricFamily
+	views := map[string]*view{}
+	only := r.URL.Query().Get("only")
+	switch only {
+	case "", "groups", "self":
+	default:
+		http.Error(w, fmt.Sprintf("only=%q: write only=groups or only=self, or leave it away for both", only), http.StatusBadRequest)
+		return
+	}
 	if only != "groups" {
 		var err error
-		if own, err = g.config.Own.Gather(); err != nil {
+		if own, err = g.config.Own.gather(); err != nil {
 			g.store.config.Logger.Error("The server's own metrics are not complete", "err", err)
 		}
 	}
-	g.store.Expose(w, r, own)
+	if only != "self" {
+		views = g.store.views()
+	}
+	expose(w, r, views, own, g.store.config.Logger)
+}
+
+// ServeOwn answers a scrape where there is no store: with the server's own metrics.
+func ServeOwn(w http.ResponseWriter, r *http.Request, own *Own) {
+	families, _ := own.gather()
+	expose(w, r, map[string]*view{}, families, nil)
 }

@@ -2,14 +2,12 @@ package gateway
 
 import (
 	"encoding/binary"
-	"fmt"
 	"iter"
 	"slices"
 	"strings"
 	"unique"
 
 	dto "github.com/prometheus/client_model/go"
-	"google.golang.org/protobuf/proto"
 )
 
 // image is all families of a group as one piece of memory, immutable. Most groups
@@ -49,15 +47,17 @@ func newImage(families []prepared) *image {
 	return im
 }
 
-// all returns the families as they were prepared. Their bytes are the image's.
-func (im *image) all() []prepared {
+// all returns the families that want takes as they were prepared. Their bytes are
+// the image's.
+func (im *image) all(want func(name string) bool) []prepared {
 	if im == nil {
 		return nil
 	}
-	families := make([]prepared, len(im.blocks))
+	families := make([]prepared, 0, len(im.blocks))
 	for i := range im.blocks {
-		b := &im.blocks[i]
-		families[i] = prepared{meta: b.meta, series: slices.Collect(im.hashes(b)), text: im.textOf(b), proto: im.protoOf(b), pushed: b.pushed}
+		if b := &im.blocks[i]; want(b.name()) {
+			families = append(families, prepared{meta: b.meta, series: slices.Collect(im.hashes(b)), text: im.textOf(b), proto: im.protoOf(b), pushed: b.pushed})
+		}
 	}
 	return families
 }
@@ -85,8 +85,32 @@ func (im *image) protoOf(b *block) []byte {
 	return im.data[from : from+b.proto : from+b.proto]
 }
 
-// decodeOnly decodes the only family of an image.
-func (im *image) decodeOnly() (*dto.MetricFamily, error) { return im.decode(&im.blocks[0]) }
+// hasSame reports whether the image has the family with the same type, HELP and
+// series.
+func (im *image) hasSame(p prepared) bool {
+	b := im.find(p.name())
+	if b == nil || b.meta != p.meta || int(b.series) != len(p.series) {
+		return false
+	}
+	i := 0
+	for h := range im.hashes(b) {
+		if h != p.series[i] {
+			return false
+		}
+		i++
+	}
+	return true
+}
+
+// hasSeries reports whether a series of that hash is in the block.
+func (im *image) hasSeries(b *block, hash uint64) bool {
+	for h := range im.hashes(b) {
+		if h == hash {
+			return true
+		}
+	}
+	return false
+}
 
 // hashes returns the hashes of the series, in the order of the series.
 func (im *image) hashes(b *block) iter.Seq[uint64] {
@@ -101,17 +125,5 @@ func (im *image) hashes(b *block) iter.Seq[uint64] {
 
 // decode returns the family as a message.
 func (im *image) decode(b *block) (*dto.MetricFamily, error) {
-	m := b.meta.Value()
-	f := new(dto.MetricFamily)
-	if err := proto.Unmarshal(im.protoOf(b), f); err != nil {
-		return nil, fmt.Errorf("metric %q: stored series: %w", m.name, err)
-	}
-	f.Name, f.Type = &m.name, &m.kind
-	if m.help != "" {
-		f.Help = &m.help
-	}
-	if m.unit != "" {
-		f.Unit = &m.unit
-	}
-	return f, nil
+	return prepared{meta: b.meta, proto: im.protoOf(b)}.decode()
 }

@@ -19,16 +19,21 @@ type Key []Label
 // ID returns the key in a form that is equal for equal keys and sorts like them:
 // names and values joined by the byte 0xFF, which UTF-8 doesn't have.
 func (k Key) ID() string {
-	var b strings.Builder
+	var id []byte
 	for i, l := range k {
-		if i > 0 {
-			b.WriteByte(0xff)
-		}
-		b.WriteString(l.Name)
-		b.WriteByte(0xff)
-		b.WriteString(l.Value)
+		id = appendLabelID(id, i, l.Name, l.Value)
 	}
-	return b.String()
+	return string(id)
+}
+
+// appendLabelID appends the i-th label to an ID.
+func appendLabelID(id []byte, i int, name, value string) []byte {
+	if i > 0 {
+		id = append(id, 0xff)
+	}
+	id = append(id, name...)
+	id = append(id, 0xff)
+	return append(id, value...)
 }
 
 // String returns the key as a selector, for people.

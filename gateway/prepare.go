@@ -47,6 +47,23 @@ type prepared struct {
 	pushed int64 // Unix nanoseconds
 }
 
+// decode returns the family as a message.
+func (p prepared) decode() (*dto.MetricFamily, error) {
+	m := p.meta.Value()
+	f := new(dto.MetricFamily)
+	if err := proto.Unmarshal(p.proto, f); err != nil {
+		return nil, fmt.Errorf("metric %q: stored series: %w", m.name, err)
+	}
+	f.Name, f.Type = &m.name, &m.kind
+	if m.help != "" {
+		f.Help = &m.help
+	}
+	if m.unit != "" {
+		f.Unit = &m.unit
+	}
+	return f, nil
+}
+
 func (p prepared) name() string { return p.meta.Value().name }
 
 // pushedFamilies is what a push brings: its families, sorted by name, and the
@@ -61,12 +78,13 @@ type pushedFamilies struct {
 // name. reasons tells what is wrong, each with the metric's name; the result is
 // not to be used then.
 func prepare(key Key, families []*dto.MetricFamily, now int64) (out pushedFamilies, reasons []string) {
+	forced := key.forced()
 	for _, f := range families {
 		switch f.GetName() {
 		case pushTimeName, failureTimeName, pushUpName:
 			continue
 		}
-		p, err := prepareFamily(key, f, now)
+		p, err := prepareFamily(key, forced, f, now)
 		switch {
 		case err != nil:
 			reasons = append(reasons, err.Error())
@@ -79,23 +97,26 @@ func prepare(key Key, families []*dto.MetricFamily, now int64) (out pushedFamili
 	return out, reasons
 }
 
-func prepareFamily(key Key, f *dto.MetricFamily, now int64) (p prepared, err error) {
+func prepareFamily(key Key, forced []*dto.LabelPair, f *dto.MetricFamily, now int64) (p prepared, err error) {
 	name := f.GetName()
 	if name == "" || !utf8.ValidString(name) {
 		return p, fmt.Errorf("metric name %q is empty or not UTF-8", name)
 	}
-	if !utf8.ValidString(f.GetHelp()) {
-		return p, fmt.Errorf("metric %q: the HELP text is not UTF-8", name)
+	if !utf8.ValidString(f.GetHelp()) || !utf8.ValidString(f.GetUnit()) {
+		return p, fmt.Errorf("metric %q: the HELP text or the unit is not UTF-8", name)
 	}
 	m := meta{name: name, help: f.GetHelp(), unit: f.GetUnit(), kind: f.GetType(), foreign: !model.LegacyValidation.IsValidMetricName(name)}
 	for _, series := range f.Metric {
 		if series.TimestampMs != nil {
 			return p, fmt.Errorf("metric %q: timestamps are not allowed; the time of a push is in %s", name, pushTimeName)
 		}
-		if !hasValue(series, m.kind) {
+		if !onlyValue(series, m.kind) {
 			return p, fmt.Errorf("metric %q: a series is not of the family's type %s", name, typeName(m.kind))
 		}
-		forceLabels(key, series)
+		if err := checkValue(series); err != nil {
+			return p, fmt.Errorf("metric %q: %w", name, err)
+		}
+		forceLabels(key, forced, series)
 		foreign, err := checkLabels(series.Label, m.kind)
 		if err != nil {
 			return p, fmt.Errorf("metric %q: %w", name, err)
@@ -122,27 +143,59 @@ func prepareFamily(key Key, f *dto.MetricFamily, now int64) (p prepared, err err
 	return p, nil
 }
 
-// hasValue reports whether the series has the value field of the type.
-func hasValue(m *dto.Metric, kind dto.MetricType) bool {
+// onlyValue reports whether the series has the value field of the type, and takes
+// others away.
+func onlyValue(m *dto.Metric, kind dto.MetricType) bool {
+	counter, gauge, summary, untyped, histogram := m.Counter, m.Gauge, m.Summary, m.Untyped, m.Histogram
+	m.Counter, m.Gauge, m.Summary, m.Untyped, m.Histogram = nil, nil, nil, nil, nil
 	switch kind {
 	case dto.MetricType_COUNTER:
-		return m.Counter != nil
+		m.Counter = counter
 	case dto.MetricType_GAUGE:
-		return m.Gauge != nil
+		m.Gauge = gauge
 	case dto.MetricType_SUMMARY:
-		return m.Summary != nil
+		m.Summary = summary
 	case dto.MetricType_UNTYPED:
-		return m.Untyped != nil
+		m.Untyped = untyped
 	case dto.MetricType_HISTOGRAM, dto.MetricType_GAUGE_HISTOGRAM:
-		return m.Histogram != nil
+		m.Histogram = histogram
 	}
-	return false
+	return m.Counter != nil || m.Gauge != nil || m.Summary != nil || m.Untyped != nil || m.Histogram != nil
 }
 
-// forceLabels puts the grouping labels onto a series, and instance="" where it
-// has none, and sorts them.
-func forceLabels(key Key, m *dto.Metric) {
-	kept := m.Label[:0]
+// checkValue tells what Prometheus would refuse beside the labels.
+func checkValue(m *dto.Metric) error {
+	switch {
+	case m.Histogram != nil:
+		return checkHistogram(m.Histogram)
+	case m.Counter != nil:
+		if err := checkExemplar(m.Counter.Exemplar); err != nil {
+			return err
+		}
+		return checkTime(m.Counter.CreatedTimestamp)
+	case m.Summary != nil:
+		return checkTime(m.Summary.CreatedTimestamp)
+	}
+	return nil
+}
+
+// forced returns the labels that every series of a group has: those of its key,
+// and instance="" where that lacks one.
+func (k Key) forced() []*dto.LabelPair {
+	labels := make([]*dto.LabelPair, 0, len(k)+1)
+	for i := range k {
+		labels = append(labels, &dto.LabelPair{Name: &k[i].Name, Value: &k[i].Value})
+	}
+	if _, ok := k.Get(model.InstanceLabel); !ok {
+		labels = append(labels, &dto.LabelPair{Name: proto.String(model.InstanceLabel), Value: proto.String("")})
+	}
+	return labels
+}
+
+// forceLabels puts the forced labels of a key onto a series, and sorts its labels.
+// An instance of its own stays where the key has none.
+func forceLabels(key Key, forced []*dto.LabelPair, m *dto.Metric) {
+	kept := slices.Grow(m.Label, len(forced))[:0]
 	instance := false
 	for _, l := range m.Label {
 		if _, grouping := key.Get(l.GetName()); grouping {
@@ -151,14 +204,12 @@ func forceLabels(key Key, m *dto.Metric) {
 		instance = instance || l.GetName() == model.InstanceLabel
 		kept = append(kept, l)
 	}
+	for i, l := range forced {
+		if i < len(key) || !instance {
+			kept = append(kept, l)
+		}
+	}
 	m.Label = kept
-	for i := range key {
-		instance = instance || key[i].Name == model.InstanceLabel
-		m.Label = append(m.Label, &dto.LabelPair{Name: &key[i].Name, Value: &key[i].Value})
-	}
-	if !instance {
-		m.Label = append(m.Label, &dto.LabelPair{Name: proto.String(model.InstanceLabel), Value: proto.String("")})
-	}
 	slices.SortFunc(m.Label, func(a, b *dto.LabelPair) int { return strings.Compare(a.GetName(), b.GetName()) })
 }
 
@@ -227,16 +278,19 @@ func labelString(labels []*dto.LabelPair) string {
 	return k.String()
 }
 
+// hashSeparator is a byte that UTF-8 doesn't have.
+var hashSeparator = []byte{0xff}
+
 func hashSeries(name string, labels []*dto.LabelPair) uint64 {
 	var d xxhash.Digest
 	d.Reset()
 	d.WriteString(name)
-	d.Write([]byte{0xff})
+	d.Write(hashSeparator)
 	for _, l := range labels {
 		d.WriteString(l.GetName())
-		d.Write([]byte{0xff})
+		d.Write(hashSeparator)
 		d.WriteString(l.GetValue())
-		d.Write([]byte{0xff})
+		d.Write(hashSeparator)
 	}
 	return d.Sum64()
 }
@@ -247,8 +301,10 @@ func encodeText(name string, kind dto.MetricType, series []*dto.Metric, escaping
 	if foreign {
 		f = model.EscapeMetricFamily(f, escaping)
 	}
-	var buf bytes.Buffer
-	if _, err := expfmt.MetricFamilyToText(&buf, f); err != nil {
+	buf := buffers.Get().(*bytes.Buffer)
+	defer buffers.Put(buf)
+	buf.Reset()
+	if _, err := expfmt.MetricFamilyToText(buf, f); err != nil {
 		return nil, err
 	}
 	_, lines, _ := bytes.Cut(buf.Bytes(), []byte("\n")) // behind TYPE

@@ -139,5 +139,21 @@ func (s *Store) Apply(changes []gateway.Change) error {
 	})
 }
 
+// Probe implements gateway.Backend.
+func (s *Store) Probe() error {
+	bucket := []byte("probe")
+	err := s.db.Update(func(tx *bolt.Tx) error {
+		b, err := tx.CreateBucketIfNotExists(bucket)
+		if err != nil {
+			return err
+		}
+		return b.Put(bucket, make([]byte, 1<<20))
+	})
+	if err != nil {
+		return err
+	}
+	return s.db.Update(func(tx *bolt.Tx) error { return tx.DeleteBucket(bucket) })
+}
+
 // Close implements gateway.Backend.
 func (s *Store) Close() error { return s.db.Close() }

@@ -1,0 +1,393 @@
+package gateway
+
+import (
+	"cmp"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/model"
+)
+
+// index is what checks and scrapes look things up in. Its cost does not depend on
+// how many groups there are, but for the place of a new group in its families.
+type index struct {
+	groups   map[string]*group // by ID
+	slots    []*group          // every group has a place here, nil: free
+	images   []*image          // of the group in the same slot
+	free     []int32           // free slots
+	families map[string]*family
+	foreign  map[string]map[string]struct{} // names outside the legacy rules, by their escaped form
+	shapes   map[string]*shape
+	// differing is how many families have more than one HELP.
+	differing int
+	logger    *slog.Logger
+}
+
+// family is all blocks of one metric name.
+type family struct {
+	kind    dto.MetricType
+	entries []entry // sorted by group ID
+	// shared: a scrape may still read entries, so they are copied before a change.
+	shared  atomic.Bool
+	help    string // of the most recent push
+	helpAt  int64
+	helps   map[string]int // blocks by HELP
+	differs bool           // there is more than one HELP
+}
+
+// entry is one block: the n-th of the image in a slot. A push that brings the same
+// families as the one before changes the image alone.
+type entry struct{ slot, n int32 }
+
+func (e entry) block(images []*image) *block { return &images[e.slot].blocks[e.n] }
+
+// shape is a set of label names that are the key of some groups. Series of two
+// groups can be equal only where the labels of one contain the key of the other:
+// so what a series may clash with is found by its labels, one lookup a shape.
+type shape struct {
+	names  []string // sorted
+	groups int
+}
+
+func newIndex(logger *slog.Logger) index {
+	return index{logger: logger, groups: map[string]*group{}, families: map[string]*family{}, foreign: map[string]map[string]struct{}{}, shapes: map[string]*shape{}}
+}
+
+// install gives a group a new state, and brings the index up to date.
+func (x *index) install(g *group, next state) {
+	if x.groups[g.id] == nil {
+		x.groups[g.id] = g
+		x.shapeOf(g.key).groups++
+		if n := len(x.free); n > 0 {
+			g.slot, x.free = x.free[n-1], x.free[:n-1]
+			x.slots[g.slot] = g
+		} else {
+			g.slot = int32(len(x.slots))
+			x.slots, x.images = append(x.slots, g), append(x.images, nil)
+		}
+	}
+	old := g.image
+	if old != nil {
+		for i := range old.blocks {
+			if b := &old.blocks[i]; next.image.find(b.name()) == nil {
+				x.dropEntry(g, b)
+			}
+		}
+	}
+	g.state, x.images[g.slot] = next, next.image
+	for i := range next.image.blocks {
+		x.putEntry(g, int32(i), old)
+	}
+}
+
+// remove takes a group out.
+func (x *index) remove(g *group) {
+	for i := range g.image.blocks {
+		x.dropEntry(g, &g.image.blocks[i])
+	}
+	delete(x.groups, g.id)
+	x.slots[g.slot], x.images[g.slot] = nil, nil
+	x.free = append(x.free, g.slot)
+	sh := x.shapeOf(g.key)
+	if sh.groups--; sh.groups == 0 {
+		delete(x.shapes, shapeID(g.key))
+	}
+}
+
+func (x *index) shapeOf(key Key) *shape {
+	id := shapeID(key)
+	sh := x.shapes[id]
+	if sh == nil {
+		sh = new(shape)
+		for _, l := range key {
+			sh.names = append(sh.names, l.Name)
+		}
+		x.shapes[id] = sh
+	}
+	return sh
+}
+
+func shapeID(key Key) string {
+	names := make([]string, len(key))
+	for i, l := range key {
+		names[i] = l.Name
+	}
+	return strings.Join(names, "\xff")
+}
+
+// appendID appends the ID of the group of this shape that the labels, sorted by
+// name, belong to. It returns false where they lack a name of the shape.
+func (sh *shape) appendID(id []byte, labels []*dto.LabelPair) ([]byte, bool) {
+	for i, name := range sh.names {
+		for len(labels) > 0 && labels[0].GetName() < name {
+			labels = labels[1:]
+		}
+		if len(labels) == 0 || labels[0].GetName() != name {
+			return nil, false
+		}
+		id = appendLabelID(id, i, name, labels[0].GetValue())
+	}
+	return id, true
+}
+
+// shapesBut returns all shapes but that of key: a series has its own group's key,
+// so of that shape there is but the group itself.
+func (x *index) shapesBut(key Key) []*shape {
+	var others []*shape
+	own := shapeID(key)
+	for id, sh := range x.shapes {
+		if id != own {
+			others = append(others, sh)
+		}
+	}
+	return others
+}
+
+// groupOf returns the group of one of the shapes whose key is among the labels and
+// for which has is true.
+func (x *index) groupOf(shapes []*shape, labels []*dto.LabelPair, has func(*group) bool) *group {
+	buf := make([]byte, 0, 128)
+	for _, sh := range shapes {
+		if id, ok := sh.appendID(buf, labels); ok {
+			if g := x.groups[string(id)]; g != nil && has(g) {
+				return g
+			}
+		}
+	}
+	return nil
+}
+
+// twin returns a group whose generated series would have the same labels as those
+// of a group of that key.
+func (x *index) twin(key Key) *group {
+	m := new(dto.Metric)
+	forceLabels(key, key.forced(), m)
+	return x.groupOf(x.shapesBut(key), m.Label, func(g *group) bool {
+		twin := new(dto.Metric)
+		forceLabels(g.key, g.key.forced(), twin)
+		return slices.EqualFunc(m.Label, twin.Label, sameLabel)
+	})
+}
+
+// find returns the place of a group in a family.
+func (x *index) find(f *family, g *group) (int, bool) {
+	return slices.BinarySearchFunc(f.entries, g.id, func(e entry, id string) int { return strings.Compare(x.slots[e.slot].id, id) })
+}
+
+// own makes entries changeable.
+func (f *family) own() {
+	if f.shared.Swap(false) {
+		f.entries = slices.Clone(f.entries)
+	}
+}
+
+// putEntry adds the n-th block of the group's image to its family, or replaces that
+// of the image before.
+func (x *index) putEntry(g *group, n int32, before *image) {
+	b := &g.image.blocks[n]
+	if before != nil && int(n) < len(before.blocks) && before.blocks[n].meta == b.meta && x.differing == 0 {
+		return // the entry is right as it is
+	}
+	m := b.meta.Value()
+	f := x.families[m.name]
+	if f == nil {
+		f = &family{helps: map[string]int{}}
+		x.families[m.name] = f
+		if !model.LegacyValidation.IsValidMetricName(m.name) {
+			escaped := model.EscapeName(m.name, model.UnderscoreEscaping)
+			if x.foreign[escaped] == nil {
+				x.foreign[escaped] = map[string]struct{}{}
+			}
+			x.foreign[escaped][m.name] = struct{}{}
+		}
+	}
+	e := entry{g.slot, n}
+	if i, found := x.find(f, g); !found {
+		f.own()
+		f.entries = slices.Insert(f.entries, i, e)
+	} else if f.entries[i] != e {
+		f.own()
+		f.entries[i] = e
+	}
+	f.kind = m.kind
+	old := before.find(m.name)
+	f.helps[m.help]++
+	if old != nil {
+		f.lostHelp(old)
+	}
+	switch {
+	case b.pushed >= f.helpAt:
+		f.help, f.helpAt = m.help, b.pushed
+	case old != nil:
+		x.chooseHelp(f, old)
+	}
+	x.countDiffering(m.name, f)
+}
+
+// countDiffering keeps count of the families that have more than one HELP.
+func (x *index) countDiffering(name string, f *family) {
+	switch differs := len(f.helps) > 1; {
+	case differs && !f.differs:
+		x.differing++
+		x.logger.Info("Groups have different HELP texts for one metric; that of the most recent push is shown", "metric", name)
+	case !differs && f.differs:
+		x.differing--
+	}
+	f.differs = len(f.helps) > 1
+}
+
+func (f *family) lostHelp(b *block) {
+	help := b.meta.Value().help
+	if f.helps[help]--; f.helps[help] == 0 {
+		delete(f.helps, help)
+	}
+}
+
+func (x *index) dropEntry(g *group, b *block) {
+	name := b.name()
+	f := x.families[name]
+	f.own()
+	i, _ := x.find(f, g)
+	f.entries = slices.Delete(f.entries, i, i+1)
+	f.lostHelp(b)
+	x.countDiffering(name, f)
+	if len(f.entries) > 0 {
+		x.chooseHelp(f, b)
+		return
+	}
+	delete(x.families, name)
+	escaped := model.EscapeName(name, model.UnderscoreEscaping)
+	if names := x.foreign[escaped]; names != nil {
+		if delete(names, name); len(names) == 0 {
+			delete(x.foreign, escaped)
+		}
+	}
+}
+
+// chooseHelp finds the HELP of the most recent push again, after gone has left.
+func (x *index) chooseHelp(f *family, gone *block) {
+	if f.helpAt != gone.pushed || len(f.helps) == 1 && f.helps[f.help] > 0 {
+		return
+	}
+	newest := slices.MaxFunc(f.entries, func(a, b entry) int { return cmp.Compare(a.block(x.images).pushed, b.block(x.images).pushed) }).block(x.images)
+	f.help, f.helpAt = newest.meta.Value().help, newest.pushed
+}
+
+// inconsistencies tells what speaks against the families that a group would have
+// after a push, looking only at the names that the push touches.
+func (s *Store) inconsistencies(g *group, after, pushed []prepared) []string {
+	var reasons []string
+	exists := func(name string) (dto.MetricType, bool) {
+		if i, ok := slices.BinarySearchFunc(after, name, func(p prepared, name string) int { return strings.Compare(p.name(), name) }); ok {
+			return after[i].meta.Value().kind, true
+		}
+		if f := s.families[name]; f != nil && s.sharedBeside(f, g) {
+			return f.kind, true
+		}
+		return s.config.Reserved(name)
+	}
+	for _, p := range pushed {
+		if g.image.hasSame(p) {
+			continue // all that it could clash with would have been refused
+		}
+		m := p.meta.Value()
+		if kind, own := s.config.Reserved(m.name); own && kind != m.kind {
+			reasons = append(reasons, fmt.Sprintf("metric %q has type %s, should have %s as the server's own", m.name, typeName(m.kind), typeName(kind)))
+			continue
+		}
+		if f := s.families[m.name]; f != nil && f.kind != m.kind && s.sharedBeside(f, g) {
+			reasons = append(reasons, fmt.Sprintf("metric %q has type %s, should have %s as in other groups", m.name, typeName(m.kind), typeName(f.kind)))
+			continue
+		}
+		if reason := s.duplicate(g, p); reason != "" {
+			reasons = append(reasons, reason)
+			continue
+		}
+		if other, kind := suffixCollision(m.name, m.kind, exists); other != "" {
+			reasons = append(reasons, fmt.Sprintf("metric %q collides with the %s %q", m.name, typeName(kind), other))
+		}
+		if other := s.escapeCollision(m.name, exists); other != "" {
+			reasons = append(reasons, fmt.Sprintf("metric %q has the same name as %q where UTF-8 names are escaped", m.name, other))
+		}
+	}
+	return reasons
+}
+
+// sharedBeside reports whether a group other than g has the family.
+func (x *index) sharedBeside(f *family, g *group) bool {
+	if len(f.entries) != 1 {
+		return len(f.entries) > 1
+	}
+	return x.slots[f.entries[0].slot].id != g.id
+}
+
+func typeName(kind dto.MetricType) string { return strings.ToLower(kind.String()) }
+
+// duplicate tells of the first series that another group has already.
+func (s *Store) duplicate(g *group, p prepared) string {
+	shapes := s.shapesBut(g.key)
+	if len(shapes) == 0 {
+		return ""
+	}
+	f, err := p.decode()
+	if err != nil {
+		return err.Error()
+	}
+	for i, m := range f.Metric {
+		owner := s.groupOf(shapes, m.Label, func(other *group) bool {
+			b := other.image.find(p.name())
+			return b != nil && other.image.hasSeries(b, p.series[i])
+		})
+		if owner != nil {
+			return fmt.Sprintf("metric %q: the labels %s were already seen in the group %s", p.name(), labelString(m.Label), owner.key)
+		}
+	}
+	return ""
+}
+
+// suffixes are what a type's series have behind the family's name.
+var suffixes = map[dto.MetricType][]string{
+	dto.MetricType_SUMMARY:         {"_count", "_sum"},
+	dto.MetricType_HISTOGRAM:       {"_count", "_sum", "_bucket"},
+	dto.MetricType_GAUGE_HISTOGRAM: {"_count", "_sum", "_bucket"},
+}
+
+// suffixCollision looks for a family whose series would have the names that name's
+// summary or histogram has, or the other way round.
+func suffixCollision(name string, kind dto.MetricType, exists func(string) (dto.MetricType, bool)) (other string, is dto.MetricType) {
+	for _, suffix := range suffixes[kind] {
+		if k, ok := exists(name + suffix); ok {
+			return name + suffix, k
+		}
+	}
+	for _, suffix := range []string{"_count", "_sum", "_bucket"} {
+		base, ok := strings.CutSuffix(name, suffix)
+		if !ok {
+			continue
+		}
+		if k, ok := exists(base); ok && slices.Contains(suffixes[k], suffix) {
+			return base, k
+		}
+	}
+	return "", 0
+}
+
+// escapeCollision looks for a name that reads the same once it is escaped.
+func (x *index) escapeCollision(name string, exists func(string) (dto.MetricType, bool)) string {
+	escaped := model.EscapeName(name, model.UnderscoreEscaping)
+	if escaped != name {
+		if _, ok := exists(escaped); ok {
+			return escaped
+		}
+	}
+	for other := range x.foreign[escaped] {
+		if _, ok := exists(other); ok && other != name {
+			return other
+		}
+	}
+	return ""
+}

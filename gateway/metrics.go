@@ -1,0 +1,69 @@
+package gateway
+
+import (
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metrics are the gateway's own. Their names start with push_; the server puts its
+// own prefix in front.
+type metrics struct {
+	requests *prometheus.CounterVec
+	duration *prometheus.HistogramVec
+	size     prometheus.Histogram
+}
+
+func newMetrics(registerer prometheus.Registerer, s *Store) *metrics {
+	native := func(o prometheus.HistogramOpts) prometheus.HistogramOpts {
+		o.NativeHistogramBucketFactor, o.NativeHistogramMaxBucketNumber, o.NativeHistogramMinResetDuration = 1.1, 100, time.Hour
+		return o
+	}
+	m := &metrics{
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "push_requests_total",
+			Help: "Requests that change the push store, by handler (push, batch, delete, wipe) and status code. A rise of 400 means that jobs push what can't be taken, of 503 that the store can't write.",
+		}, []string{"handler", "code"}),
+		duration: prometheus.NewHistogramVec(native(prometheus.HistogramOpts{
+			Name:    "push_request_duration_seconds",
+			Help:    "Time from the head of a request that changes the push store to its answer, by handler.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5},
+		}), []string{"handler"}),
+		size: prometheus.NewHistogram(native(prometheus.HistogramOpts{
+			Name:    "push_body_bytes",
+			Help:    "Sizes of the bodies of pushes, decompressed.",
+			Buckets: prometheus.ExponentialBuckets(1<<10, 8, 6),
+		})),
+	}
+	if registerer == nil {
+		return m
+	}
+	gauge := func(name, help string, value func() float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value)
+	}
+	counter := func(name, help string, value func() float64) prometheus.Collector {
+		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, value)
+	}
+	registerer.MustRegister(m.requests, m.duration, m.size,
+		gauge("push_groups", "Groups in the push store.", func() float64 { return float64(s.Groups()) }),
+		gauge("push_queue_length", "Changes that wait to be written. Near 1000 pushes are refused.", func() float64 { return float64(len(s.queue)) }),
+		counter("push_groups_expired_total", "Groups whose TTL passed.", func() float64 { return float64(s.stats.expired.Load()) }),
+		counter("push_store_writes_total", "Writes of the push store; one write stores all pushes that wait.", func() float64 { return float64(s.stats.writes.Load()) }),
+		counter("push_store_failed_writes_total", "Writes of the push store that failed.", func() float64 { return float64(s.stats.failedWrites.Load()) }),
+		counter("push_store_write_seconds_total", "Time spent in writes of the push store.", func() float64 { return time.Duration(s.stats.writeNanos.Load()).Seconds() }),
+	)
+	return m
+}
+
+func (m *metrics) observe(handler string, status int, took time.Duration) {
+	m.requests.WithLabelValues(handler, strconv.Itoa(status)).Inc()
+	m.duration.WithLabelValues(handler).Observe(took.Seconds())
+}
+
+// Groups returns the number of groups.
+func (s *Store) Groups() int {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return len(s.groups)
+}
