@@ -3,16 +3,18 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"log/slog"
 	"net/url"
 	"os"
 	"os/signal"
+	gopath "path"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/alecthomas/kingpin/v2"
+	"github.com/alecthomas/units"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	versioncollector "github.com/prometheus/client_golang/prometheus/collectors/version"
@@ -27,22 +29,32 @@ import (
 
 func main() {
 	version.Version = protocol.BuildVersion()
-	config, logger, err := parseFlags(os.Args[1:])
+	flags, command, err := parseFlags(os.Args[1:])
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "culvert-proxy: %v\n", err)
 		os.Exit(1)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, config, logger); err != nil {
-		logger.Error("Stopped", "err", err)
+	if command == "import" {
+		if err := flags.importing.run(ctx, os.Stdout); err != nil {
+			fmt.Fprintf(os.Stderr, "culvert-proxy: %v\n", err)
+			os.Exit(1)
+		}
+		return
+	}
+	for _, line := range flags.unneeded {
+		flags.Logger.Info(line)
+	}
+	if err := run(ctx, flags.Config); err != nil {
+		flags.Logger.Error("Stopped", "err", err)
 		os.Exit(1)
 	}
 }
 
 // run serves until ctx ends.
-func run(ctx context.Context, config server.Config, logger *slog.Logger) error {
-	logger.Info("Starting culvert-proxy", "version", version.Info())
+func run(ctx context.Context, config server.Config) error {
+	config.Logger.Info("Starting culvert-proxy", "version", version.Info())
 	s, err := server.New(config)
 	if err != nil {
 		return err
@@ -70,6 +82,12 @@ func run(ctx context.Context, config server.Config, logger *slog.Logger) error {
 type flags struct {
 	server.Config
 	externalURL         string
+	routePrefix         string
+	routePrefixSet      bool
+	maxBodySize         units.Base2Bytes
+	persistenceFile     string
+	unneeded            []string // flags of the Pushgateway that were given and do nothing here
+	importing           importFlags
 	registrationTimeout time.Duration
 	forgetAfterSet      bool
 	log                 promslog.Config
@@ -88,6 +106,14 @@ func (c *flags) app() *kingpin.Application {
 		StringVar(&c.WebConfigFile)
 	app.Flag("web.external-url", "URL under which people and scrapers reach this proxy; discovery's path mode names it.").
 		StringVar(&c.externalURL)
+	app.Flag("web.route-prefix", "Prefix of the paths of the proxy's own routes; the path of --web.external-url where it is not given.").
+		IsSetByUser(&c.routePrefixSet).StringVar(&c.routePrefix)
+	app.Flag("web.telemetry-path", "Path under which the pushed groups and the proxy's own metrics are scraped.").
+		Default("/metrics").StringVar(&c.TelemetryPath)
+	app.Flag("web.enable-lifecycle", "Let PUT and POST of /-/quit stop the proxy.").
+		BoolVar(&c.EnableLifecycle)
+	app.Flag("web.enable-admin-api", "Let PUT of /api/v1/admin/wipe delete all pushed groups.").
+		BoolVar(&c.EnableAdminAPI)
 	app.Flag("agent.listen-address", "Address for agents alone; they can't connect to --web.listen-address then. Repeatable.").
 		StringsVar(&c.AgentListenAddresses)
 	app.Flag("agent.web.config.file", "Web configuration of --agent.listen-address.").
@@ -112,19 +138,40 @@ func (c *flags) app() *kingpin.Application {
 	duration(app.Flag("agent.settle-time", "How long discovery answers 503 after a start without a stored list of agents. 0: not at all.").Default("60s"), &c.Fleet.SettleTime)
 	app.Flag("agent.max-handshakes", "Agents that may be in their handshakes at a time; more are told to come back.").
 		Default("256").IntVar(&c.MaxHandshakes)
+	duration(app.Flag("push.default-ttl", "After which time without a push the samples of a group go, where neither a push nor --config.file names one. 0: never.").Default("0"), &c.Push.DefaultTTL)
+	duration(app.Flag("push.forget-after", "How long a group that declared an interval leaves push_up 0 behind after its TTL.").Default("7d"), &c.Push.ForgetAfter)
+	app.Flag("push.max-body-size", "Largest body of a push, decompressed too.").
+		Default("64MiB").BytesVar(&c.maxBodySize)
+	app.Flag("push.max-series-per-group", "Most series that a group may have. 0: no limit.").
+		Default("0").IntVar(&c.Push.MaxSeriesPerGroup)
+	app.Flag("push.max-groups", "Most groups that the push store may have. 0: no limit.").
+		Default("0").IntVar(&c.Push.MaxGroups)
+	c.unneededFlag(app.Flag("push.enable-utf8-names", "Of the Pushgateway; not needed."),
+		"--push.enable-utf8-names is not needed: UTF-8 names are always taken").Bool()
+	c.unneededFlag(app.Flag("push.disable-consistency-check", "Of the Pushgateway; not needed."),
+		"--push.disable-consistency-check is not needed: the check costs as much as the push is large, so it is always on").Bool()
+	c.unneededFlag(app.Flag("persistence.interval", "Of the Pushgateway; not needed."),
+		"--persistence.interval is not needed: a push is on disk before it is acknowledged").String()
+	app.Flag("persistence.file", "Of the Pushgateway; not needed, see --storage.path.").
+		StringVar(&c.persistenceFile)
+
 	duration(app.Flag("web.shutdown-timeout", "How long running scrapes may take after SIGTERM.").Default("20s"), &c.ShutdownTimeout)
 
 	promslogflag.AddFlags(app, &c.log)
+	app.Command("serve", "Run the proxy (what culvert-proxy does without a command).").Default()
+	c.importing.command(app)
 	return app
 }
 
-// parseFlags turns the command line into a configuration.
-func parseFlags(args []string) (server.Config, *slog.Logger, error) {
-	var c flags
-	fail := func(format string, args ...any) (server.Config, *slog.Logger, error) {
-		return server.Config{}, nil, fmt.Errorf(format, args...)
+// parseFlags turns the command line into a configuration, and tells the command.
+func parseFlags(args []string) (*flags, string, error) {
+	c := new(flags)
+	fail := func(format string, args ...any) (*flags, string, error) {
+		return nil, "", fmt.Errorf(format, args...)
 	}
-	if _, err := c.app().Parse(args); err != nil {
+	app := c.app()
+	command, err := app.Parse(args)
+	if err != nil {
 		return fail("%w; see --help", err)
 	}
 	if c.registrationTimeout > 0 {
@@ -146,7 +193,7 @@ func parseFlags(args []string) (server.Config, *slog.Logger, error) {
 	}
 	for name, d := range map[string]time.Duration{
 		"scrape.default-timeout": c.DefaultTimeout, "scrape.max-timeout": c.MaxTimeout, "connect.idle-timeout": c.ConnectIdleTimeout,
-		"agent.forget-after": c.Fleet.ForgetAfter, "web.shutdown-timeout": c.ShutdownTimeout,
+		"agent.forget-after": c.Fleet.ForgetAfter, "web.shutdown-timeout": c.ShutdownTimeout, "push.forget-after": c.Push.ForgetAfter,
 	} {
 		if d <= 0 {
 			return fail("--%s=%s: use more than 0", name, d)
@@ -158,12 +205,61 @@ func parseFlags(args []string) (server.Config, *slog.Logger, error) {
 			return fail("--web.external-url=%q: use a whole URL, as in https://culvert.example.net", c.externalURL)
 		}
 		c.ExternalURL = u
+		if !c.routePrefixSet {
+			c.routePrefix = u.Path
+		}
+	}
+	if c.RoutePrefix, err = cleanPrefix(c.routePrefix); err != nil {
+		return fail("--web.route-prefix=%q: %w", c.routePrefix, err)
+	}
+	if _, err := cleanPrefix(c.TelemetryPath); err != nil || !strings.HasPrefix(c.TelemetryPath, "/") || strings.HasSuffix(c.TelemetryPath, "/") {
+		return fail("--web.telemetry-path=%q: use a plain path, as in /metrics", c.TelemetryPath)
+	}
+	if c.Push.MaxBodySize = int64(c.maxBodySize); c.Push.MaxBodySize < 1 {
+		return fail("--push.max-body-size=%s: use more than 0, as in 64MiB", c.maxBodySize)
+	}
+	if c.Push.MaxGroups < 0 || c.Push.MaxSeriesPerGroup < 0 {
+		return fail("--push.max-groups and --push.max-series-per-group: use 0 for no limit, or more")
+	}
+	if c.persistenceFile != "" {
+		if _, err := os.Stat(c.persistenceFile); err == nil {
+			return fail("--persistence.file=%s: this is a Pushgateway's file, which culvert-proxy doesn't read, and would not be kept up to date: start without the flag, and take the groups over from the running Pushgateway by culvert-proxy import --from=http://old-pushgateway:9091", c.persistenceFile)
+		}
+		c.unneeded = append(c.unneeded, "--persistence.file is not needed: pushed groups are kept in --storage.path")
+	}
+	c.Flags = map[string]string{}
+	for _, flag := range app.Model().Flags {
+		if flag.Name != "help" && flag.Name != "version" && !strings.HasPrefix(flag.Name, "completion-") && flag.Name != "help-long" && flag.Name != "help-man" {
+			c.Flags[flag.Name] = flag.Value.String()
+		}
 	}
 	c.Logger = promslog.New(&c.log)
 	c.Registry = prometheus.NewRegistry()
 	c.Registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		versioncollector.NewCollector("culvert_proxy"))
-	return c.Config, c.Logger, nil
+	return c, command, nil
+}
+
+// unneededFlag accepts a flag of the Pushgateway, and has the log say why it does
+// nothing.
+func (c *flags) unneededFlag(flag *kingpin.FlagClause, why string) *kingpin.FlagClause {
+	return flag.Action(func(*kingpin.ParseContext) error {
+		c.unneeded = append(c.unneeded, why)
+		return nil
+	})
+}
+
+// cleanPrefix returns a path with a slash in front and none behind; "" for "/".
+func cleanPrefix(path string) (string, error) {
+	path = strings.Trim(path, "/")
+	if path == "" {
+		return "", nil
+	}
+	path = "/" + path
+	if u, err := url.Parse(path); err != nil || u.EscapedPath() != path || gopath.Clean(path) != path || strings.ContainsAny(path, ":*") {
+		return "", errors.New("use a plain path, as in /culvert")
+	}
+	return path, nil
 }
 
 // duration makes a flag take Prometheus's durations (7d) and Go's (1.5h).

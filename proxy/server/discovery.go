@@ -10,8 +10,6 @@ import (
 	"time"
 
 	"github.com/prometheus/common/model"
-	"github.com/prometheus/prometheus/model/labels"
-	"github.com/prometheus/prometheus/promql/parser"
 
 	"github.com/culvert-io/culvert/protocol"
 	"github.com/culvert-io/culvert/proxy/fleet"
@@ -51,7 +49,7 @@ func (s *Server) serveTargets(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, fmt.Sprintf("mode=%q: use mode=path, or mode=proxy, which is the default", mode), http.StatusBadRequest)
 		return
 	}
-	scheme, address, base := "http", r.Host, ""
+	scheme, address, base := "http", r.Host, s.config.RoutePrefix
 	if r.TLS != nil {
 		scheme = "https"
 	}
@@ -126,7 +124,8 @@ func (s *Server) serveDiscovery(w http.ResponseWriter, r *http.Request, entries 
 		http.Error(w, fmt.Sprintf("the proxy started a moment ago without a stored list of agents; the list is complete in %d s at the latest (--agent.settle-time)", int(wait.Seconds())+1), http.StatusServiceUnavailable)
 		return
 	}
-	selected, err := selection(r.URL.Query()["match[]"])
+	// An agent's own labels go by their plain names too. No selector selects all.
+	wanted, err := parseSelectors(r.URL.Query()["match[]"])
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
@@ -134,7 +133,13 @@ func (s *Server) serveDiscovery(w http.ResponseWriter, r *http.Request, entries 
 	groups := []targetGroup{}
 	for _, info := range s.fleet.Agents() {
 		for _, g := range entries(info) {
-			if selected(g.Labels) {
+			selected := wanted.match(func(name string) string {
+				if value, ok := g.Labels[name]; ok {
+					return value
+				}
+				return g.Labels[metaLabel+name]
+			})
+			if selected || len(wanted) == 0 {
 				groups = append(groups, g)
 			}
 		}
@@ -143,38 +148,4 @@ func (s *Server) serveDiscovery(w http.ResponseWriter, r *http.Request, entries 
 	if err := json.NewEncoder(w).Encode(groups); err != nil {
 		s.logger.Debug("Discovery was not read to its end", "err", err)
 	}
-}
-
-// selection parses selectors as Prometheus writes them. An entry is selected by
-// any of them; it is matched on its labels, where an agent's own labels go by
-// their plain names too. No selector selects all.
-func selection(selectors []string) (func(map[string]string) bool, error) {
-	if len(selectors) == 0 {
-		return func(map[string]string) bool { return true }, nil
-	}
-	p := parser.NewParser(parser.Options{})
-	var sets [][]*labels.Matcher
-	for _, selector := range selectors {
-		matchers, err := p.ParseMetricSelector(selector)
-		if err != nil {
-			return nil, fmt.Errorf("match[]=%q: %w; write it as in match[]={env=\"prod\"}", selector, err)
-		}
-		sets = append(sets, matchers)
-	}
-	return func(l map[string]string) bool {
-	next:
-		for _, set := range sets {
-			for _, m := range set {
-				value, ok := l[m.Name]
-				if !ok {
-					value = l[metaLabel+m.Name]
-				}
-				if !m.Matches(value) {
-					continue next
-				}
-			}
-			return true
-		}
-		return false
-	}, nil
 }

@@ -13,8 +13,8 @@ import (
 const scrapePrefix = "/scrape/"
 
 // cutScrapePath returns what follows /scrape/ in the path, still escaped.
-func cutScrapePath(r *http.Request) (string, bool) {
-	return strings.CutPrefix(r.URL.EscapedPath(), scrapePrefix)
+func (s *Server) cutScrapePath(r *http.Request) (string, bool) {
+	return strings.CutPrefix(r.URL.EscapedPath(), s.config.RoutePrefix+scrapePrefix)
 }
 
 // scrapePath serves GET /scrape/AGENT/TARGET_OR_PORT/PATH: the same as the

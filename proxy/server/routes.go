@@ -3,44 +3,105 @@ package server
 import (
 	"encoding/json"
 	"fmt"
-	"log/slog"
 	"net/http"
 
-	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/prometheus/common/route"
+	"github.com/prometheus/common/version"
 
+	"github.com/culvert-io/culvert/gateway"
 	"github.com/culvert-io/culvert/protocol"
 	"github.com/culvert-io/culvert/proxy/ui"
 )
 
-// routes sets up the proxy's own routes. /tunnel and /scrape/ are not among
-// them: see serveOwn.
-func (s *Server) routes() {
+// routes sets up the proxy's own routes, by the router that the Pushgateway has,
+// so that all other answers (404, 405 with Allow, OPTIONS, redirects) are the same.
+// /tunnel and /scrape/ are not among them: see serveOwn.
+func (s *Server) routes() (err error) {
+	defer func() {
+		if p := recover(); p != nil { // how the router tells that two routes are the same
+			err = fmt.Errorf("the telemetry path %q is in the way of another route: %v", s.config.TelemetryPath, p)
+		}
+	}()
+	r := route.New()
+	if s.config.RoutePrefix != "" {
+		r = r.WithPrefix(s.config.RoutePrefix)
+	}
+	get := func(path string, h http.HandlerFunc) {
+		r.Get(path, h)
+		r.Head(path, h)
+	}
+	r.Get(s.config.TelemetryPath, s.serveMetrics)
+	for _, path := range []string{"/metrics/job/:job", "/metrics/job/:job/*labels", "/metrics/job@base64/:job", "/metrics/job@base64/:job/*labels"} {
+		r.Put(path, s.pathOf((*gateway.Gateway).ServePush))
+		r.Post(path, s.pathOf((*gateway.Gateway).ServePush))
+		r.Del(path, s.pathOf((*gateway.Gateway).ServeDelete))
+	}
+	r.Get("/api/v1/metrics", s.push.with((*gateway.Gateway).ServeQuery))
+	r.Get("/api/v1/status", s.serveStatus)
+	r.Options("/api/v1/*any", func(w http.ResponseWriter, _ *http.Request) { gateway.SetAPIHeaders(w.Header()) })
+	r.Put("/api/v1/push", s.push.with((*gateway.Gateway).ServeBatch))
+	r.Post("/api/v1/push", s.push.with((*gateway.Gateway).ServeBatch))
+	r.Del("/api/v1/groups", s.deleteGroups)
+	if s.config.EnableAdminAPI {
+		r.Put("/api/v1/admin/wipe", s.push.with((*gateway.Gateway).ServeWipe))
+	}
+	r.Get("/-/healthy", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "OK") })
+	r.Get("/-/ready", s.serveReady)
+	r.Post("/-/reload", s.serveReload)
+	r.Put("/-/reload", s.serveReload)
+	r.Post("/-/quit", s.serveQuit)
+	r.Put("/-/quit", s.serveQuit)
+	r.Get("/", s.servePage)
+	r.Get("/status", s.servePage)
+
+	get("/clients", s.serveClients)
+	get("/targets", s.serveTargets)
+	get("/api/v1/agents", s.serveAgents)
+	get("/api/v1/agents/:name", s.serveOneAgent)
+	r.Del("/api/v1/agents/:name", s.forgetAgent)
 	s.mux = http.NewServeMux()
-	s.mux.Handle("GET /metrics", promhttp.InstrumentMetricHandler(s.config.Registry, promhttp.HandlerFor(s.config.Registry, promhttp.HandlerOpts{
-		ErrorLog:          slog.NewLogLogger(s.logger.Handler(), slog.LevelError),
-		EnableOpenMetrics: true,
-	})))
-	s.mux.HandleFunc("GET /clients", s.serveClients)
-	s.mux.HandleFunc("GET /targets", s.serveTargets)
-	s.mux.HandleFunc("GET /api/v1/agents", s.serveAgents)
-	s.mux.HandleFunc("GET /api/v1/agents/{name}", s.serveOneAgent)
-	s.mux.HandleFunc("DELETE /api/v1/agents/{name}", s.forgetAgent)
-	s.mux.HandleFunc("GET /-/healthy", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "OK") })
-	s.mux.HandleFunc("GET /-/ready", s.serveReady)
-	s.mux.HandleFunc("POST /-/reload", s.serveReload)
-	s.mux.HandleFunc("PUT /-/reload", s.serveReload)
-	s.mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, r *http.Request) {
-		ui.Serve(w, s.fleet.Agents())
-	})
+	s.mux.Handle("/", r) // it redirects from paths with "//", "." and ".."
+	return nil
 }
 
+func (s *Server) servePage(w http.ResponseWriter, _ *http.Request) { ui.Serve(w, s.fleet.Agents()) }
+
 // serveReady fails only while the proxy is draining: it listens once it is ready.
-func (s *Server) serveReady(w http.ResponseWriter, _ *http.Request) {
+// With ?for=push it tells whether the push store takes pushes too.
+func (s *Server) serveReady(w http.ResponseWriter, r *http.Request) {
 	if s.draining.Load() {
 		http.Error(w, "draining", http.StatusServiceUnavailable)
 		return
 	}
+	if r.URL.Query().Get("for") == "push" {
+		if err := s.push.Err(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+	}
 	fmt.Fprint(w, "OK")
+}
+
+func (s *Server) serveQuit(w http.ResponseWriter, r *http.Request) {
+	if !s.config.EnableLifecycle {
+		http.Error(w, "the lifecycle API is off; --web.enable-lifecycle opens it", http.StatusForbidden)
+		return
+	}
+	s.logger.Info("Asked to quit", "from", r.RemoteAddr)
+	fmt.Fprintln(w, "Stopping. Bye!")
+	s.quitOnce.Do(func() { close(s.quit) })
+}
+
+// serveStatus answers GET /api/v1/status as the Pushgateway does.
+func (s *Server) serveStatus(w http.ResponseWriter, _ *http.Request) {
+	gateway.WriteAPI(w, map[string]any{
+		"build_information": map[string]string{
+			"branch": version.Branch, "buildDate": version.BuildDate, "buildUser": version.BuildUser,
+			"goVersion": version.GoVersion, "revision": version.GetRevision(), "version": version.Version,
+		},
+		"flags":      s.config.Flags,
+		"start_time": s.started,
+	})
 }
 
 func (s *Server) serveReload(w http.ResponseWriter, _ *http.Request) {
@@ -63,7 +124,7 @@ func (s *Server) serveAgents(w http.ResponseWriter, _ *http.Request) {
 }
 
 func (s *Server) serveOneAgent(w http.ResponseWriter, r *http.Request) {
-	name := protocol.NormalizeName(r.PathValue("name"))
+	name := protocol.NormalizeName(route.Param(r.Context(), "name"))
 	info, ok := s.fleet.Agent(name)
 	if !ok {
 		http.Error(w, fmt.Sprintf("no agent %q is known; see /api/v1/agents", name), http.StatusNotFound)
@@ -74,7 +135,7 @@ func (s *Server) serveOneAgent(w http.ResponseWriter, r *http.Request) {
 
 // forgetAgent removes an agent at once. One that is still running comes back.
 func (s *Server) forgetAgent(w http.ResponseWriter, r *http.Request) {
-	name := protocol.NormalizeName(r.PathValue("name"))
+	name := protocol.NormalizeName(route.Param(r.Context(), "name"))
 	if !s.fleet.Forget(name) {
 		http.Error(w, fmt.Sprintf("no agent %q is known; see /api/v1/agents", name), http.StatusNotFound)
 		return

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/url"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,6 +40,17 @@ type Config struct {
 	// ExternalURL is how people and scrapers reach the proxy: for discovery's path
 	// mode, and to tell the proxy's own name from an agent's.
 	ExternalURL *url.URL
+	// RoutePrefix stands in front of the paths of the proxy's own routes, as in
+	// "/culvert". None by default. Agents find /tunnel without it too.
+	RoutePrefix string
+	// TelemetryPath is where the groups of the push store and the proxy's own metrics
+	// are scraped: "/metrics" by default. Pushes go to /metrics/job/… whatever it is.
+	TelemetryPath string
+	// EnableAdminAPI opens PUT /api/v1/admin/wipe, EnableLifecycle PUT and POST of
+	// /-/quit.
+	EnableAdminAPI, EnableLifecycle bool
+	// Flags are shown by /api/v1/status.
+	Flags map[string]string
 	// StoragePath is the directory for state; "" keeps it in memory only.
 	StoragePath string
 	// ConfigFile is the YAML file of what can be reloaded; "" for none.
@@ -63,6 +75,8 @@ type Config struct {
 	// has ended: 20 s by default.
 	ShutdownTimeout time.Duration
 
+	// Push tunes the push store.
+	Push Push
 	// Fleet tunes what is known of agents; its Path is set from StoragePath.
 	Fleet fleet.Config
 	// Session tunes the sessions; for tests and experiments.
@@ -84,6 +98,10 @@ type Server struct {
 
 	main, agents []*listener
 	mux          *http.ServeMux
+	push         *pushStore
+	started      time.Time
+	quit         chan struct{} // closed by /-/quit
+	quitOnce     sync.Once
 	agentAPI     *http.Server // serves the streams that agents open
 
 	draining atomic.Bool
@@ -107,6 +125,7 @@ func New(config Config) (*Server, error) {
 	if len(config.ListenAddresses) == 0 {
 		config.ListenAddresses = []string{":8080"}
 	}
+	setDefault(&config.TelemetryPath, "/metrics")
 	if config.Logger == nil {
 		config.Logger = slog.Default()
 	}
@@ -115,7 +134,7 @@ func New(config Config) (*Server, error) {
 	}
 	id := make([]byte, 16)
 	rand.Read(id)
-	s := &Server{config: config, id: hex.EncodeToString(id), logger: config.Logger, tunnels: map[*tunnel]struct{}{}}
+	s := &Server{config: config, id: hex.EncodeToString(id), logger: config.Logger, tunnels: map[*tunnel]struct{}{}, started: time.Now(), quit: make(chan struct{})}
 	if err := s.loadSettings(); err != nil {
 		return nil, err
 	}
@@ -141,7 +160,12 @@ func New(config Config) (*Server, error) {
 	s.config.Session.Stats = s.metrics.stats
 	s.config.Session.Logger = s.logger
 	setDefault(&s.config.Session.MaxAccepted, 8) // agents open streams for control alone
-	s.routes()
+	if err := s.openPushStore(); err != nil {
+		return nil, err
+	}
+	if err := s.routes(); err != nil {
+		return nil, err
+	}
 	s.agentAPI = &http.Server{
 		Handler:           http.HandlerFunc(s.serveAgent),
 		ReadHeaderTimeout: 10 * time.Second,
@@ -194,13 +218,15 @@ func (s *Server) AgentAddr() string {
 	return s.Addr()
 }
 
-// Run serves until ctx ends. Then agents are told to go, running scrapes finish
+// Run serves until ctx ends, or /-/quit asks for it. Then agents are told to go, running scrapes finish
 // for at most Config.ShutdownTimeout, and it returns nil. It returns an error
 // when a listener fails.
 func (s *Server) Run(ctx context.Context) error {
-	fleetCtx, stopFleet := context.WithCancel(context.Background())
-	var fleetDone sync.WaitGroup
-	fleetDone.Go(func() { s.fleet.Run(fleetCtx) })
+	storesCtx, stopStores := context.WithCancel(context.Background())
+	var stores sync.WaitGroup
+	var pushErr error
+	stores.Go(func() { s.fleet.Run(storesCtx) })
+	stores.Go(func() { pushErr = s.push.run(storesCtx) })
 	group, groupCtx := errgroup.WithContext(ctx)
 	for _, l := range append(s.main[:len(s.main):len(s.main)], s.agents...) {
 		group.Go(func() error {
@@ -212,14 +238,18 @@ func (s *Server) Run(ctx context.Context) error {
 		})
 	}
 	group.Go(func() error {
-		<-groupCtx.Done()
+		select {
+		case <-groupCtx.Done():
+		case <-s.quit:
+		}
 		s.shutdown()
 		return nil
 	})
 	err := group.Wait()
-	stopFleet()
-	fleetDone.Wait()
-	return err
+	// Only now nobody can push any more.
+	stopStores()
+	stores.Wait()
+	return errors.Join(err, pushErr)
 }
 
 // shutdown tells the agents to go, waits for what runs, and closes the rest.
@@ -326,7 +356,7 @@ func (s *Server) serveAgentListener(w http.ResponseWriter, r *http.Request) {
 	case r.Method == http.MethodConnect || !protocol.IsControl(r):
 		s.refuse(w, r, protocol.Refusef(http.StatusMethodNotAllowed, protocol.CodeMethod,
 			"this address is for agents; scrape through the one of --web.listen-address"))
-	case r.URL.Path == protocol.PathTunnel:
+	case r.URL.Path == protocol.PathTunnel || r.URL.Path == s.config.RoutePrefix+protocol.PathTunnel:
 		s.serveTunnel(w, r)
 	default:
 		s.refuse(w, r, protocol.Refusef(http.StatusNotFound, protocol.CodeNotFound,
@@ -336,7 +366,7 @@ func (s *Server) serveAgentListener(w http.ResponseWriter, r *http.Request) {
 
 // serveOwn serves the proxy's own routes.
 func (s *Server) serveOwn(w http.ResponseWriter, r *http.Request) {
-	if r.URL.Path == protocol.PathTunnel {
+	if r.URL.Path == protocol.PathTunnel || r.URL.Path == s.config.RoutePrefix+protocol.PathTunnel {
 		if len(s.agents) > 0 {
 			s.refuse(w, r, protocol.Refusef(http.StatusNotFound, protocol.CodeNotFound,
 				"agents connect to the address of --agent.listen-address, not to this one"))
@@ -350,13 +380,13 @@ func (s *Server) serveOwn(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, refusal)
 		return
 	}
-	if rest, ok := cutScrapePath(r); ok {
+	if rest, ok := s.cutScrapePath(r); ok {
 		s.scrapePath(w, r, rest)
 		return
 	}
 	// Who reads none of the answer must not keep it in memory.
 	answer := http.NewResponseController(w)
-	answer.SetWriteDeadline(time.Now().Add(time.Minute))
+	answer.SetWriteDeadline(time.Now().Add(max(time.Minute, s.timeout(r.Header))))
 	s.mux.ServeHTTP(w, r)
 	answer.SetWriteDeadline(time.Time{})
 }
@@ -368,7 +398,11 @@ const timeoutHeader = "X-Prometheus-Scrape-Timeout-Seconds"
 // to origin form: served, it would pass the proxy's own metrics off as the
 // target's.
 func (s *Server) misdirected(r *http.Request) *protocol.Refusal {
+	if strings.HasPrefix(r.URL.Path, s.config.RoutePrefix+"/metrics/job") && r.Method != http.MethodGet && r.Method != http.MethodHead {
+		return nil // a push
+	}
 	scrape := r.Header.Get(timeoutHeader) != ""
+	metricsPath := r.URL.Path == "/metrics" || r.URL.Path == s.config.RoutePrefix+s.config.TelemetryPath
 	for _, authority := range []string{r.Host, r.Header.Get("X-Forwarded-Host")} {
 		if authority == "" {
 			continue
@@ -383,7 +417,7 @@ func (s *Server) misdirected(r *http.Request) *protocol.Refusal {
 		}
 		// An agent on the proxy's own machine has the proxy's name, and a wildcard may
 		// cover it: that must not take the pages and discovery away.
-		if port == localPort(r) || !route.Exact && !scrape && r.URL.Path != "/metrics" {
+		if port == localPort(r) || !route.Exact && !scrape && !metricsPath {
 			continue
 		}
 		return protocol.Refusef(http.StatusMisdirectedRequest, protocol.CodeMisdirected,
@@ -392,7 +426,7 @@ func (s *Server) misdirected(r *http.Request) *protocol.Refusal {
 	// nginx puts its own idea of the host into the request, unless it is told
 	// otherwise; but it speaks HTTP/1.0 then, or sets Connection. Prometheus does
 	// neither.
-	if scrape && r.URL.Path == "/metrics" && (!r.ProtoAtLeast(1, 1) || r.Header.Get("Connection") != "") {
+	if scrape && metricsPath && (!r.ProtoAtLeast(1, 1) || r.Header.Get("Connection") != "") {
 		return protocol.Refusef(http.StatusMisdirectedRequest, protocol.CodeMisdirected,
 			"the scrape came in origin form from a balancer that speaks HTTP, which may have rewritten the scrape of another host. Use proxy_url with the proxy's own address or a TCP balancer, or discovery with ?mode=path; to scrape the proxy itself through the balancer, have it pass the Host header on and set --web.external-url")
 	}

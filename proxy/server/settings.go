@@ -6,10 +6,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"strings"
+	"time"
 
 	"github.com/prometheus/common/model"
 	"go.yaml.in/yaml/v2"
+
+	"github.com/culvert-io/culvert/gateway"
 )
 
 // Settings is the content of --config.file: what can be reloaded.
@@ -19,11 +23,50 @@ type Settings struct {
 		// plain names, as labels of the series.
 		PromoteLabels []string `yaml:"promote_labels"`
 	} `yaml:"discovery"`
+	Push struct {
+		// Rules give groups a TTL and an interval by their job, where their pushes
+		// name none. The first that matches counts.
+		Rules []PushRule `yaml:"rules"`
+	} `yaml:"push"`
+}
+
+// PushRule is a rule for the groups of some jobs.
+type PushRule struct {
+	// Job is a regular expression that matches the whole name.
+	Job string `yaml:"job"`
+	// TTL is after which time without a push the samples go: 0 means never, none
+	// the default.
+	TTL *model.Duration `yaml:"ttl"`
+	// Interval is how often the job should push, 0: it declares none.
+	Interval model.Duration `yaml:"interval"`
+
+	job *regexp.Regexp
+}
+
+// lifetimes tells the TTL and the interval of a group that names none.
+func (s *Settings) lifetimes(defaultTTL time.Duration) func(gateway.Key) gateway.Lifetime {
+	return func(key gateway.Key) gateway.Lifetime {
+		job, _ := key.Get("job")
+		for _, rule := range s.Push.Rules {
+			if !rule.job.MatchString(job) {
+				continue
+			}
+			life := gateway.Lifetime{TTL: defaultTTL, Interval: time.Duration(rule.Interval)}
+			if rule.TTL != nil {
+				life.TTL = time.Duration(*rule.TTL)
+			}
+			return life
+		}
+		return gateway.Lifetime{TTL: defaultTTL}
+	}
 }
 
 // Reload reads the configuration file anew. On an error the old settings stay.
 func (s *Server) Reload() error {
 	err := s.loadSettings()
+	if err == nil {
+		err = s.push.reload(s.settings.Load())
+	}
 	s.metrics.reloaded(err)
 	if err != nil {
 		s.logger.Error("Reload failed, the old configuration stays", "err", err)
@@ -59,6 +102,13 @@ func ParseSettings(text []byte) (*Settings, error) {
 	for _, name := range settings.Discovery.PromoteLabels {
 		if !model.LegacyValidation.IsValidLabelName(name) || strings.HasPrefix(name, "__") || name == "job" || name == "instance" {
 			return nil, fmt.Errorf("discovery.promote_labels: %q can't be promoted: an agent must not choose job, instance or a label that starts with \"__\"", name)
+		}
+	}
+	for i := range settings.Push.Rules {
+		rule := &settings.Push.Rules[i]
+		var err error
+		if rule.job, err = regexp.Compile("^(?s:" + rule.Job + ")$"); err != nil || rule.Job == "" {
+			return nil, fmt.Errorf("push.rules[%d].job: %q is not a regular expression that names jobs, as in backup-.*", i, rule.Job)
 		}
 	}
 	return settings, nil

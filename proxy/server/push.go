@@ -1,0 +1,235 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/common/model"
+
+	"github.com/culvert-io/culvert/gateway"
+	"github.com/culvert-io/culvert/gateway/boltstore"
+)
+
+// Push tunes the push store. Zero values mean the defaults.
+type Push struct {
+	// DefaultTTL is the TTL of groups for which neither a push nor a rule of the
+	// configuration names one, 0: never.
+	DefaultTTL time.Duration
+	// ForgetAfter is how long a group that declared an interval leaves push_up 0
+	// behind after its TTL: 7 days by default.
+	ForgetAfter time.Duration
+	// MaxBodySize bounds the body of a push in bytes, decompressed too: 64 MiB by
+	// default.
+	MaxBodySize int64
+	// MaxSeriesPerGroup and MaxGroups bound the store, 0: no bound.
+	MaxSeriesPerGroup, MaxGroups int
+}
+
+// pushStore is the push store, or the reason why there is none now. It is a file
+// of its own, so that trouble with it is no trouble for scrapes.
+type pushStore struct {
+	server *Server
+	own    *gateway.Own
+
+	gateway atomic.Pointer[gateway.Gateway] // nil: not open
+
+	mu    sync.Mutex // protects what follows
+	store *gateway.Store
+	err   error // why the last try to open it failed
+}
+
+// reopenEvery is the time between tries to open a push store that can't be opened.
+const reopenEvery = 10 * time.Second
+
+var errNoPushStore = errors.New("the push store is not open")
+
+// openPushStore opens the store. It returns an error only where another process
+// has it: all else is told to those who push.
+func (s *Server) openPushStore() error {
+	s.push = &pushStore{server: s, own: gateway.NewOwn(s.config.Registry, "culvert_proxy_")}
+	s.config.Registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "culvert_proxy_push_store_up",
+		Help: "1 while the push store takes pushes, 0 while it can't be opened or written: pushes get 503 then.",
+	}, func() float64 {
+		if s.push.Err() != nil {
+			return 0
+		}
+		return 1
+	}))
+	err := s.push.open()
+	if errors.Is(err, boltstore.ErrInUse) {
+		return err
+	}
+	return nil
+}
+
+func (p *pushStore) open() error {
+	s := p.server
+	backend := gateway.Memory()
+	if s.config.StoragePath != "" {
+		bolt, err := boltstore.Open(filepath.Join(s.config.StoragePath, "push.db"))
+		if err != nil {
+			return p.failed(err)
+		}
+		backend = bolt
+	}
+	store, err := gateway.OpenStore(gateway.StoreConfig{
+		MaxGroups: s.config.Push.MaxGroups, MaxSeriesPerGroup: s.config.Push.MaxSeriesPerGroup,
+		ForgetAfter: s.config.Push.ForgetAfter, Lifetimes: s.settings.Load().lifetimes(s.config.Push.DefaultTTL),
+		Reserved: p.own.Reserved, Logger: s.logger,
+	}, backend)
+	if err != nil {
+		backend.Close()
+		return p.failed(err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.err != nil {
+		s.logger.Info("The push store is open again")
+	}
+	p.store, p.err = store, nil
+	p.gateway.Store(gateway.New(gateway.Config{
+		MaxBodySize: s.config.Push.MaxBodySize, Own: p.own,
+		Registerer: prometheus.WrapRegistererWithPrefix("culvert_proxy_", s.config.Registry),
+	}, store))
+	return nil
+}
+
+func (p *pushStore) failed(err error) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.err == nil || p.err.Error() != err.Error() {
+		p.server.logger.Error("The push store can't be used: pushes are refused, scrapes go on", "err", err)
+	}
+	p.err = err
+	return err
+}
+
+// Err returns why pushes can't be taken now.
+func (p *pushStore) Err() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.store == nil {
+		return fmt.Errorf("%w: %w", errNoPushStore, p.err)
+	}
+	return p.store.Err()
+}
+
+func (p *pushStore) current() *gateway.Store {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.store
+}
+
+// run works for the store until ctx ends; while it can't be opened, it tries again.
+func (p *pushStore) run(ctx context.Context) error {
+	timer := time.NewTicker(reopenEvery)
+	defer timer.Stop()
+	for p.current() == nil {
+		select {
+		case <-timer.C:
+			_ = p.open() // the reason is kept, and logged when it changes
+		case <-ctx.Done():
+			return nil
+		}
+	}
+	return p.current().Run(ctx)
+}
+
+// reload gives the groups the lifetimes of new settings.
+func (p *pushStore) reload(settings *Settings) error {
+	store := p.current()
+	if store == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return store.SetLifetimes(ctx, settings.lifetimes(p.server.config.Push.DefaultTTL))
+}
+
+// with serves a request by the gateway, or tells why there is none.
+func (p *pushStore) with(serve func(*gateway.Gateway, http.ResponseWriter, *http.Request)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		g := p.gateway.Load()
+		if g == nil {
+			w.Header().Set("Retry-After", fmt.Sprint(int(reopenEvery.Seconds())))
+			http.Error(w, p.Err().Error(), http.StatusServiceUnavailable)
+			return
+		}
+		serve(g, w, r)
+	}
+}
+
+// pathOf makes a handler of one that wants what follows /metrics/job in the path.
+func (s *Server) pathOf(serve func(*gateway.Gateway, http.ResponseWriter, *http.Request, string)) http.HandlerFunc {
+	return s.push.with(func(g *gateway.Gateway, w http.ResponseWriter, r *http.Request) {
+		serve(g, w, r, strings.TrimPrefix(r.URL.Path, s.config.RoutePrefix+"/metrics/job"))
+	})
+}
+
+// serveMetrics answers a scrape of the proxy itself. Without a push store its own
+// metrics still tell so.
+func (s *Server) serveMetrics(w http.ResponseWriter, r *http.Request) {
+	only := r.URL.Query().Get("only")
+	if s.push.gateway.Load() == nil && only != "groups" {
+		gateway.ServeOwn(w, r, s.push.own)
+		return
+	}
+	s.push.with((*gateway.Gateway).ServeMetrics)(w, r)
+}
+
+// deleteGroups serves DELETE /api/v1/groups?match[]=SELECTOR: it deletes the groups
+// whose grouping labels one of the selectors matches; with dry_run=true it tells
+// which they are.
+func (s *Server) deleteGroups(w http.ResponseWriter, r *http.Request) {
+	query := r.URL.Query()
+	wanted, err := parseSelectors(query["match[]"])
+	if err == nil && len(wanted) == 0 {
+		err = errors.New("match[] is missing: say which groups, as in match[]={job=\"backup\"}")
+	}
+	dry := query.Get("dry_run")
+	switch dry {
+	case "", "false", "true":
+	default:
+		err = fmt.Errorf("dry_run=%q: write true or false", dry)
+	}
+	for _, matchers := range wanted {
+		for _, m := range matchers {
+			if m.Name == model.MetricNameLabel {
+				err = fmt.Errorf("match[]: groups are selected by their grouping labels, not by the metric %s", m)
+			}
+		}
+	}
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	store := s.push.current()
+	if store == nil {
+		s.push.with(nil)(w, r)
+		return
+	}
+	keys, err := store.Delete(r.Context(), func(key gateway.Key) bool {
+		return wanted.match(func(name string) string { value, _ := key.Get(name); return value })
+	}, dry == "true")
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	groups := make([]map[string]string, len(keys))
+	for i, key := range keys {
+		groups[i] = key.Map()
+	}
+	if dry != "true" {
+		s.logger.Info("Groups deleted on request", "groups", len(keys), "match", query["match[]"], "from", r.RemoteAddr)
+	}
+	gateway.WriteAPI(w, map[string]any{"dry_run": dry == "true", "groups": groups})
+}
