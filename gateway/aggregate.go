@@ -306,31 +306,14 @@ func mergeNative(old, pushed *dto.Histogram, float bool) error {
 }
 
 // addendOf returns a copy of the native part of a histogram such that Add can take
-// it: empty spans and indexes far apart would make it panic, a zero threshold of
-// NaN keep it busy for ever, and buckets inside the zero bucket be lost.
+// it: empty spans would make it panic, and buckets inside the zero bucket be lost.
+// checkHistogram keeps away what else it can't take.
 func addendOf(h *dto.Histogram) (*histogram.FloatHistogram, error) {
 	integer, fh := nativeOf(h)
 	if integer != nil {
 		fh = integer.ToFloat(nil)
 	} else {
 		fh = fh.Copy()
-	}
-	if !(fh.ZeroThreshold >= 0 && fh.ZeroThreshold <= math.MaxFloat64) {
-		return nil, fmt.Errorf("the zero threshold %v of a native histogram is negative or not finite", fh.ZeroThreshold)
-	}
-	// The exponents of the smallest and of the largest float64. The bucket behind the
-	// last one is for infinity.
-	const smallest, largest = -1074, 1024
-	resolution := maxNativeSchema - fh.Schema
-	first, last := int64(smallest<<maxNativeSchema>>resolution), int64(largest<<maxNativeSchema>>resolution)+1
-	for _, spans := range [][]histogram.Span{fh.PositiveSpans, fh.NegativeSpans} {
-		end := int64(0)
-		for _, s := range spans {
-			end += int64(s.Offset) + int64(s.Length)
-		}
-		if len(spans) > 0 && (int64(spans[0].Offset) < first || end-1 > last) {
-			return nil, fmt.Errorf("a native histogram of schema %d has buckets outside those of float64, from %d to %d", fh.Schema, first, last)
-		}
 	}
 	for it, i := fh.PositiveBucketIterator(), 0; it.Next() && it.At().Upper <= fh.ZeroThreshold; i++ {
 		fh.ZeroCount += fh.PositiveBuckets[i]

@@ -668,17 +668,17 @@ func TestAggregateMessages(t *testing.T) {
 		{
 			name:   "a zero threshold that is no number",
 			pushes: []string{`type:HISTOGRAM metric{histogram{schema:1 zero_threshold:nan positive_span{}}}`},
-			err:    `metric "m": labels {instance=""}: the zero threshold NaN of a native histogram is negative or not finite`,
+			err:    `metric "m": the zero threshold NaN of the native histogram is negative or not finite`,
 		},
 		{
 			name:   "buckets beyond float64",
 			pushes: []string{`type:HISTOGRAM metric{histogram{sample_count:1 schema:-1 negative_span{offset:513 length:2} negative_delta:[0,1]}}`},
-			err:    `metric "m": labels {instance=""}: a native histogram of schema -1 has buckets outside those of float64, from -537 to 513`,
+			err:    `metric "m": the native histogram of schema -1 has buckets outside those of float64, from -537 to 513`,
 		},
 		{
 			name:   "buckets next to 0 beyond float64",
 			pushes: []string{`type:HISTOGRAM metric{histogram{sample_count:1 schema:8 positive_span{offset:-274945 length:1} positive_delta:1}}`},
-			err:    `metric "m": labels {instance=""}: a native histogram of schema 8 has buckets outside those of float64, from -274944 to 262145`,
+			err:    `metric "m": the native histogram of schema 8 has buckets outside those of float64, from -274944 to 262145`,
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -711,25 +711,6 @@ func TestAggregateMessages(t *testing.T) {
 				t.Errorf("got\n%s\nwant\n%s", prototext.Format(got), prototext.Format(want))
 			}
 		})
-	}
-}
-
-// TestAggregateStoredHistogram merges into a histogram that came by a push without
-// aggregation, which checks less.
-func TestAggregateStoredHistogram(t *testing.T) {
-	native := func(threshold float64) *dto.MetricFamily {
-		f, err := stored(&dto.MetricFamily{Name: proto.String("m"), Type: dto.MetricType_HISTOGRAM.Enum(), Metric: []*dto.Metric{
-			{Histogram: &dto.Histogram{Schema: proto.Int32(1), ZeroThreshold: &threshold, PositiveSpan: []*dto.BucketSpan{{}}}},
-		}})
-		if err != nil {
-			t.Skip(err) // then no push brings it
-		}
-		return f
-	}
-	_, err := (&aggregation{"last"}).merge(native(math.NaN()), native(0))
-	const want = `metric "m": labels {instance=""}: the zero threshold NaN of a native histogram is negative or not finite, in the stored histogram; delete the group first`
-	if err == nil || err.Error() != want {
-		t.Errorf("error %v, want %s", err, want)
 	}
 }
 
@@ -807,7 +788,7 @@ func TestAggregateNativeOfClient(t *testing.T) {
 func TestAggregateNativeOfClients(t *testing.T) {
 	r := rand.New(rand.NewPCG(7, 8))
 	factors, thresholds := []float64{1.01, 1.1, 1.5, 3, 50}, []float64{1e-300, 0.1, 0.25, 1, 3, 100}
-	for range 1000 {
+	for range 200 {
 		sameFactor, sameThreshold := r.IntN(2) == 0, r.IntN(2) == 0
 		pushes := make([]*dto.MetricFamily, 3)
 		for i := range pushes {
@@ -931,7 +912,7 @@ func randomHistogram(r *rand.Rand) *dto.MetricFamily {
 
 func TestAggregateHistogramProperties(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
-	for range 2000 {
+	for range 300 {
 		pushes := make([]*dto.MetricFamily, 2+r.IntN(4))
 		count, sum := 0.0, 0.0
 		for i := range pushes {
@@ -985,7 +966,7 @@ func TestAggregateHistogramProperties(t *testing.T) {
 func TestAggregateOrder(t *testing.T) {
 	r := rand.New(rand.NewPCG(5, 6))
 	for _, kind := range []dto.MetricType{dto.MetricType_COUNTER, dto.MetricType_GAUGE, dto.MetricType_UNTYPED, dto.MetricType_SUMMARY, dto.MetricType_GAUGE_HISTOGRAM} {
-		for range 100 {
+		for range 20 {
 			pushes := make([]*dto.MetricFamily, 3)
 			for i := range pushes {
 				pushes[i] = &dto.MetricFamily{Name: proto.String("m"), Type: &kind}

@@ -200,22 +200,21 @@ func (s *Store) build(key Key, st state, families []prepared, now time.Time) sta
 // stored, and what speaks against it.
 func (a *aggregation) apply(g *group, pushed []prepared, now int64) (merged []prepared, reasons []string) {
 	for _, p := range pushed {
-		if b := g.image.find(p.name()); b != nil {
-			var f *dto.MetricFamily
-			old, err := g.image.decode(b)
-			if err == nil {
-				f, err = p.decode()
-			}
-			if err == nil {
-				f, err = a.merge(old, f)
-			}
-			if err == nil {
-				p, err = prepareFamily(g.key, g.key.forced(), f, now)
-			}
-			if err != nil {
-				reasons = append(reasons, err.Error())
-				continue
-			}
+		var old *dto.MetricFamily
+		f, err := p.decode()
+		b := g.image.find(p.name())
+		if err == nil && b != nil {
+			old, err = g.image.decode(b)
+		}
+		if err == nil {
+			f, err = a.merge(old, f) // of a first push too: the second must not find it can't
+		}
+		if err == nil && b != nil {
+			p, err = prepareFamily(g.key, g.key.forced(), f, now)
+		}
+		if err != nil {
+			reasons = append(reasons, err.Error())
+			continue
 		}
 		merged = append(merged, p)
 	}

@@ -3,6 +3,7 @@ package gateway
 import (
 	"errors"
 	"fmt"
+	"math"
 	"unicode/utf8"
 
 	dto "github.com/prometheus/client_model/go"
@@ -73,6 +74,21 @@ func checkHistogram(h *dto.Histogram) error {
 	if schema := h.GetSchema(); schema < minNativeSchema || schema > maxNativeSchema {
 		return fmt.Errorf("the native histogram has the schema %d; %d to %d are allowed", schema, minNativeSchema, maxNativeSchema)
 	}
+	// Prometheus's arithmetic never ends with the first, and panics where indexes are
+	// far apart.
+	if z := h.GetZeroThreshold(); !(z >= 0 && z <= math.MaxFloat64) {
+		return fmt.Errorf("the zero threshold %v of the native histogram is negative or not finite", z)
+	}
+	first, last := bucketRange(h.GetSchema())
+	for _, spans := range [][]*dto.BucketSpan{h.PositiveSpan, h.NegativeSpan} {
+		end := int64(0)
+		for _, s := range spans {
+			end += int64(s.GetOffset()) + int64(s.GetLength())
+		}
+		if len(spans) > 0 && (int64(spans[0].GetOffset()) < first || end-1 > last) {
+			return fmt.Errorf("the native histogram of schema %d has buckets outside those of float64, from %d to %d", h.GetSchema(), first, last)
+		}
+	}
 	var err error
 	if integer, float := nativeOf(h); float != nil {
 		err = float.Validate()
@@ -83,6 +99,16 @@ func checkHistogram(h *dto.Histogram) error {
 		return fmt.Errorf("the native histogram is not valid: %w", err)
 	}
 	return nil
+}
+
+// bucketRange returns the indexes of the first and of the last bucket that a
+// float64 can fall into.
+func bucketRange(schema int32) (first, last int64) {
+	// The exponents of the smallest and of the largest float64. The bucket behind the
+	// last one is for infinity.
+	const smallest, largest = -1074, 1024
+	resolution := maxNativeSchema - schema
+	return int64(smallest << maxNativeSchema >> resolution), int64(largest<<maxNativeSchema>>resolution) + 1
 }
 
 func checkExemplar(e *dto.Exemplar) error {

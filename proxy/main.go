@@ -62,6 +62,7 @@ func run(ctx context.Context, config server.Config) error {
 	if err := s.Listen(); err != nil {
 		return err
 	}
+	go saveMemory(ctx)
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
