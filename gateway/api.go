@@ -22,9 +22,10 @@ type apiFamily struct {
 
 // apiSeries is one series. All numbers are strings.
 type apiSeries struct {
-	Labels    map[string]string `json:"labels"`
-	Value     string            `json:"value,omitempty"`
-	Quantiles map[string]string `json:"quantiles,omitempty"`
+	Labels map[string]string `json:"labels"`
+	Value  string            `json:"value,omitempty"`
+	// Quantiles is a map, which is there for summaries, empty or not.
+	Quantiles any `json:"quantiles,omitempty"`
 	// Buckets is a map from upper bounds to cumulative counts; for native histograms
 	// a list of [kind, lower, upper, count].
 	Buckets any    `json:"buckets,omitempty"`
@@ -120,9 +121,10 @@ func newAPISeries(m *dto.Metric) apiSeries {
 	case m.Untyped != nil:
 		s.Value = number(m.Untyped.GetValue())
 	case m.Summary != nil:
-		s.Quantiles = map[string]string{}
+		quantiles := map[string]string{}
+		s.Quantiles = quantiles
 		for _, q := range m.Summary.Quantile {
-			s.Quantiles[number(q.GetQuantile())] = number(q.GetValue())
+			quantiles[number(q.GetQuantile())] = number(q.GetValue())
 		}
 		s.Count, s.Sum = strconv.FormatUint(m.Summary.GetSampleCount(), 10), number(m.Summary.GetSampleSum())
 	case m.Histogram != nil:

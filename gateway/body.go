@@ -243,63 +243,105 @@ func (f format) parse(body []byte) ([]*dto.MetricFamily, error) {
 }
 
 // parseText reads text format 0.0.4.
-func parseText(body []byte) (map[string]*dto.MetricFamily, error) {
-	if line := nameless(body); line > 0 {
-		return nil, fmt.Errorf("text format parsing error in line %d: there is no metric name in front of or between the braces", line)
+//
+// A sample with its name between the braces, as UTF-8 names need it, is read by the
+// parser as if it were one of the metric above it: summaries and histograms get
+// mixed up so, and a sample without a name is taken for that metric's. A HELP line
+// that has no text behind the name does nothing but tell the parser which metric
+// comes now, so each such sample gets one.
+func parseText(body []byte) (families map[string]*dto.MetricFamily, err error) {
+	text, added, err := nameBraceLines(body)
+	if err != nil {
+		return nil, err
 	}
+	defer func() {
+		if p := recover(); p != nil {
+			families, err = nil, fmt.Errorf("text format parsing error: the parser failed: %v", p)
+		}
+	}()
 	parser := expfmt.NewTextParser(model.UTF8Validation)
-	return parser.TextToMetricFamilies(bytes.NewReader(body))
-}
-
-// nameless returns the number of the first line that starts with a brace and has
-// no quoted metric name behind it, 0 where there is none. The parser would take
-// such a sample for one of the metric above it.
-func nameless(body []byte) int {
-	for n := 1; len(body) > 0; n++ {
-		var line []byte
-		line, body, _ = bytes.Cut(body, []byte("\n"))
-		if line = bytes.TrimLeft(line, " \t"); len(line) > 0 && line[0] == '{' && !quotedName(line[1:]) {
-			return n
-		}
+	families, err = parser.TextToMetricFamilies(bytes.NewReader(text))
+	if parseErr, ok := errors.AsType[expfmt.ParseError](err); ok {
+		before, _ := slices.BinarySearch(added, parseErr.Line)
+		parseErr.Line -= before
+		err = parseErr
 	}
-	return 0
+	return families, err
 }
 
-// quotedName reports whether a string that isn't followed by "=" stands between
-// the braces, of which the first is cut off.
-func quotedName(s []byte) bool {
-	for len(s) > 0 && s[0] != '}' {
-		if s[0] != '"' {
-			s = s[1:]
-			continue
+// nameBraceLines puts a HELP line in front of every line that starts with a brace.
+// It returns the numbers of the lines that it put in. It returns an error where
+// such a line has no metric name.
+func nameBraceLines(body []byte) (text []byte, added []int, err error) {
+	if !bytes.HasPrefix(body, []byte("{")) && !bytes.Contains(body, []byte("\n{")) && !bytes.Contains(body, []byte(" {")) && !bytes.Contains(body, []byte("\t{")) {
+		return body, nil, nil
+	}
+	n := 0
+	for line := range bytes.Lines(body) {
+		n++
+		if trimmed := bytes.TrimLeft(line, " \t"); len(trimmed) > 0 && trimmed[0] == '{' {
+			name := nameInBraces(trimmed[1:])
+			if name == nil {
+				return nil, nil, expfmt.ParseError{Line: n - len(added), Msg: "there is no metric name in front of or between the braces"}
+			}
+			text = append(append(append(text, "# HELP "...), name...), " \n"...)
+			added = append(added, n)
+			n++
 		}
-		end := 1
-		for end < len(s) && s[end] != '"' {
-			if s[end] == '\\' {
+		text = append(text, line...)
+	}
+	return text, added, nil
+}
+
+// nameInBraces returns the first name of a label set that no "=" follows, as it is
+// written, nil where there is none. The opening brace is cut off.
+func nameInBraces(s []byte) []byte {
+	blank := func() { s = bytes.TrimLeft(s, " \t") }
+	for {
+		blank()
+		name, ok := cutToken(&s)
+		if !ok {
+			return nil
+		}
+		blank()
+		if len(s) == 0 || s[0] != '=' {
+			return name
+		}
+		s = s[1:]
+		blank()
+		if _, ok := cutToken(&s); !ok {
+			return nil
+		}
+		blank()
+		if len(s) == 0 || s[0] != ',' {
+			return nil
+		}
+		s = s[1:]
+	}
+}
+
+// cutToken cuts a quoted string, or what goes up to the next mark or blank.
+func cutToken(s *[]byte) (token []byte, ok bool) {
+	all := *s
+	end := bytes.IndexAny(all, "=,{} \t\"\n")
+	if len(all) > 0 && all[0] == '"' {
+		end = 1
+		for end < len(all) && all[end] != '"' && all[end] != '\n' {
+			if all[end] == '\\' {
 				end++
 			}
 			end++
 		}
-		if end >= len(s) {
-			return true // the parser tells what is wrong
+		if end >= len(all) || all[end] == '\n' {
+			return nil, false
 		}
-		s = bytes.TrimLeft(s[end+1:], " \t")
-		if len(s) == 0 || s[0] != '=' {
-			return true
-		}
-		s = bytes.TrimLeft(s[1:], " \t") // behind "=": the label's value
-		if len(s) > 0 && s[0] == '"' {
-			end := 1
-			for end < len(s) && s[end] != '"' {
-				if s[end] == '\\' {
-					end++
-				}
-				end++
-			}
-			s = s[min(end+1, len(s)):]
-		}
+		end++
 	}
-	return false
+	if end <= 0 {
+		return nil, false
+	}
+	*s = all[end:]
+	return all[:end], true
 }
 
 // parseProtobuf reads messages with their length as a varint in front. Of two

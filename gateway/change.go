@@ -31,6 +31,7 @@ type edit struct {
 	interval  *time.Duration
 	at        time.Time  // when it was pushed
 	failed    *time.Time // when the last push failed, if the push tells
+	unless    *time.Time // nothing is done where the group was pushed after that
 }
 
 // make makes a change in memory. It returns what it did, even where it answers
@@ -45,7 +46,7 @@ func (s *Store) make(c *change) ([]step, error) {
 		c.matched = s.matching(c.match)
 		steps := make([]step, len(c.matched))
 		for i, key := range c.matched {
-			g := s.groups[key.ID()]
+			g := s.get(key)
 			steps[i] = step{group: g, old: g.state, deleted: true}
 			s.remove(g)
 		}
@@ -87,7 +88,8 @@ func (s *Store) make(c *change) ([]step, error) {
 // edit makes one edit in memory. It returns nil where there was nothing to do,
 // and an error where it is refused: then it did nothing.
 func (s *Store) edit(e *edit) (*step, error) {
-	g, exists := s.groups[e.key.ID()]
+	g := s.get(e.key)
+	exists := g != nil
 	if e.delete {
 		if !exists {
 			return nil, nil
@@ -96,6 +98,9 @@ func (s *Store) edit(e *edit) (*step, error) {
 		s.remove(g)
 		return st, nil
 	}
+	if exists && e.unless != nil && g.pushed > unixNano(*e.unless) {
+		return nil, fmt.Errorf("%w: %s, at %s", ErrPushedSince, g.key, time.Unix(0, g.pushed).UTC().Format(time.RFC3339Nano))
+	}
 	if !exists {
 		if err := s.mayCreate(e.key); err != nil {
 			return nil, err
@@ -103,13 +108,13 @@ func (s *Store) edit(e *edit) (*step, error) {
 		g = newGroup(e.key)
 	}
 	if len(e.reasons) > 0 {
-		return nil, &Rejection{e.key, slices.Clone(e.reasons)}
+		return nil, &Rejection{Key: e.key, Reasons: slices.Clone(e.reasons)}
 	}
 	pushed := e.pushed
 	if e.aggregate != nil {
 		var reasons []string
 		if pushed.families, reasons = e.aggregate.apply(g, pushed.families, unixNano(e.at)); len(reasons) > 0 {
-			return nil, &Rejection{e.key, reasons}
+			return nil, &Rejection{Key: e.key, Reasons: reasons}
 		}
 		pushed.dropped = nil
 	}
@@ -118,10 +123,10 @@ func (s *Store) edit(e *edit) (*step, error) {
 		families = merge(withoutGenerated(g.image), pushed)
 	}
 	if n := countSeries(families); s.config.MaxSeriesPerGroup > 0 && n > s.config.MaxSeriesPerGroup {
-		return nil, tooManySeries(e.key, n, s.config.MaxSeriesPerGroup)
+		return nil, &Rejection{e.key, []string{fmt.Sprintf("%s: the group would have %d, at most %d are allowed (--push.max-series-per-group)", ErrTooManySeries, n, s.config.MaxSeriesPerGroup)}, ErrTooManySeries}
 	}
 	if reasons := s.inconsistencies(g, families, pushed.families); len(reasons) > 0 {
-		return nil, &Rejection{e.key, reasons}
+		return nil, &Rejection{Key: e.key, Reasons: reasons}
 	}
 	next := g.state
 	next.pushed, next.expired = unixNano(e.at), false
@@ -146,7 +151,7 @@ func (s *Store) mayCreate(key Key) error {
 		return fmt.Errorf("%w: there are %d, and %s would be a new one; delete some, give them a TTL, or raise --push.max-groups", ErrTooManyGroups, len(s.groups), key)
 	}
 	if twin := s.twin(key); twin != nil {
-		return &Rejection{key, []string{fmt.Sprintf("the grouping key renders the same labels as that of the group %s, so their series could not be told apart; use one of the two", twin.key)}}
+		return &Rejection{Key: key, Reasons: []string{fmt.Sprintf("the grouping key renders the same labels as that of the group %s, so their series could not be told apart; use one of the two", twin.key)}}
 	}
 	return nil
 }
@@ -154,10 +159,11 @@ func (s *Store) mayCreate(key Key) error {
 // markFailed notes that a push to the group failed; a group that isn't there is
 // created for that, unless its key is at fault.
 func (s *Store) markFailed(e *edit) *step {
-	if e.delete {
+	if e.delete || e.unless != nil { // an import is no push that failed now
 		return nil
 	}
-	g, exists := s.groups[e.key.ID()]
+	g := s.get(e.key)
+	exists := g != nil
 	if !exists {
 		if s.mayCreate(e.key) != nil {
 			return nil

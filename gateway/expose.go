@@ -92,7 +92,8 @@ var gzipWriters = sync.Pool{New: func() any {
 // scraped from a Pushgateway must not change.
 func negotiate(h http.Header) expfmt.Format {
 	openMetrics, other := false, false
-	for _, a := range goautoneg.ParseAccept(h.Get("Accept")) {
+	accept := goautoneg.ParseAccept(h.Get("Accept"))
+	for _, a := range accept {
 		switch a.Type + "/" + a.SubType {
 		case "application/openmetrics-text":
 			openMetrics = true
@@ -103,7 +104,18 @@ func negotiate(h http.Header) expfmt.Format {
 	if openMetrics && !other {
 		return expfmt.NegotiateAccept(h, expfmt.DefaultOpenMetricsAcceptedFormats()...)
 	}
-	return expfmt.NegotiateAccept(h, expfmt.DefaultAcceptedFormats()...)
+	format := expfmt.NegotiateAccept(h, expfmt.DefaultAcceptedFormats()...)
+	if format.ToEscapingScheme() != model.UnderscoreEscaping {
+		return format
+	}
+	// Prometheus 3 names the escaping with the formats that it likes better than text
+	// 0.0.4: it is meant for this one too.
+	for _, a := range accept {
+		if scheme, err := model.ToEscapingScheme(a.Params[model.EscapingKey]); err == nil {
+			return format.WithEscapingScheme(scheme)
+		}
+	}
+	return format
 }
 
 // acceptsGzip reports whether an Accept-Encoding names gzip, with a weight that is
@@ -154,7 +166,7 @@ func (v *view) writeText(w *bufio.Writer, escaping model.EscapingScheme) error {
 	name := v.name
 	if !model.LegacyValidation.IsValidMetricName(name) {
 		if name = model.EscapeName(name, escaping); escaping == model.NoEscaping {
-			name = fmt.Sprintf("%q", name)
+			name = `"` + labelEscaper.Replace(name) + `"`
 		}
 	}
 	if v.help != "" {

@@ -255,12 +255,12 @@ func (e *textEncoder) forceLabels(first int) bool {
 		}
 	}
 	for _, l := range e.forced {
-		i := slices.IndexFunc(own, func(o plainLabel) bool { return bytes.Equal(o.name, l.name) })
+		i := slices.IndexFunc(e.labels[first:], func(o plainLabel) bool { return bytes.Equal(o.name, l.name) })
 		switch {
 		case i < 0:
 			e.labels = append(e.labels, l.plainLabel)
 		case !l.weak:
-			own[i].value = l.value
+			e.labels[first+i].value = l.value
 		}
 	}
 	slices.SortFunc(e.labels[first:], func(a, b plainLabel) int { return bytes.Compare(a.name, b.name) })

@@ -29,6 +29,10 @@ const (
 	// HeaderFailureTime says when the last push of the group failed, in the same
 	// form, for imports.
 	HeaderFailureTime = "Culvert-Failure-Time"
+	// HeaderUnlessPushedSince makes a push fail with 412 where the group has a push
+	// of a later time, in the same form: an import must not replace what is newer. Where
+	// such a push is refused, the group's failure time stays.
+	HeaderUnlessPushedSince = "Culvert-Unless-Pushed-Since"
 )
 
 // Config tunes a Gateway. Zero values mean the defaults.
@@ -74,18 +78,13 @@ type badRequest struct{ err error }
 func (e badRequest) Error() string { return e.err.Error() }
 func (e badRequest) Unwrap() error { return e.err }
 
-// ErrTooManySeries is returned where a group would have more series than
-// StoreConfig.MaxSeriesPerGroup.
-var ErrTooManySeries = errors.New("too many series")
-
-func tooManySeries(key Key, n, limit int) error {
-	return fmt.Errorf("%w: the group %s would have %d, at most %d are allowed (--push.max-series-per-group)", ErrTooManySeries, key, n, limit)
-}
-
 // statusOf maps the errors of this package to HTTP.
 func statusOf(err error) int {
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok || errors.Is(err, ErrBodyTooLarge) || errors.Is(err, ErrTooManySeries) {
 		return http.StatusRequestEntityTooLarge
+	}
+	if errors.Is(err, ErrPushedSince) {
+		return http.StatusPreconditionFailed
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return http.StatusRequestTimeout
@@ -241,7 +240,10 @@ func (g *Gateway) editOf(r *http.Request) (e edit, err error) {
 	if at != nil {
 		e.at = *at
 	}
-	e.failed, err = timeOf(r.Header, HeaderFailureTime, now)
+	if e.failed, err = timeOf(r.Header, HeaderFailureTime, now); err != nil {
+		return e, err
+	}
+	e.unless, err = timeOf(r.Header, HeaderUnlessPushedSince, now)
 	return e, err
 }
 

@@ -14,8 +14,12 @@ import (
 
 // index is what checks and scrapes look things up in. Its cost does not depend on
 // how many groups there are, but for the place of a new group in its families.
+//
+// Whatever tells two series apart has to tell them apart in text format 0.0.4 too,
+// where names outside the legacy rules are escaped. So groups are found by the
+// canonical form of their keys, and families of such names by their escaped form.
 type index struct {
-	groups   map[string]*group // by ID
+	groups   map[string]*group // by the ID of the canonical key
 	slots    []*group          // every group has a place here, nil: free
 	images   []*image          // of the group in the same slot
 	free     []int32           // free slots
@@ -33,8 +37,8 @@ type family struct {
 	entries []entry // sorted by group ID
 	// shared: a scrape may still read entries, so they are copied before a change.
 	shared  atomic.Bool
-	help    string // of the most recent push
-	helpAt  int64
+	help    string         // of the most recent push
+	helpAt  int64          // when that was, where there is more than one HELP
 	helps   map[string]int // blocks by HELP
 	differs bool           // there is more than one HELP
 }
@@ -59,9 +63,9 @@ func newIndex(logger *slog.Logger) index {
 
 // install gives a group a new state, and brings the index up to date.
 func (x *index) install(g *group, next state) {
-	if x.groups[g.id] == nil {
-		x.groups[g.id] = g
-		x.shapeOf(g.key).groups++
+	if x.groups[g.canonical.ID()] == nil {
+		x.groups[g.canonical.ID()] = g
+		x.shapeOf(g.canonical).groups++
 		if n := len(x.free); n > 0 {
 			g.slot, x.free = x.free[n-1], x.free[:n-1]
 			x.slots[g.slot] = g
@@ -89,13 +93,22 @@ func (x *index) remove(g *group) {
 	for i := range g.image.blocks {
 		x.dropEntry(g, &g.image.blocks[i])
 	}
-	delete(x.groups, g.id)
+	delete(x.groups, g.canonical.ID())
 	x.slots[g.slot], x.images[g.slot] = nil, nil
 	x.free = append(x.free, g.slot)
-	sh := x.shapeOf(g.key)
+	sh := x.shapeOf(g.canonical)
 	if sh.groups--; sh.groups == 0 {
-		delete(x.shapes, shapeID(g.key))
+		delete(x.shapes, shapeID(g.canonical))
 	}
+	g.image = nil // install begins anew where the removal is undone
+}
+
+// get returns the group of exactly that key.
+func (x *index) get(key Key) *group {
+	if g := x.groups[key.canonical().ID()]; g != nil && g.id == key.ID() {
+		return g
+	}
+	return nil
 }
 
 func (x *index) shapeOf(key Key) *shape {
@@ -119,8 +132,8 @@ func shapeID(key Key) string {
 	return strings.Join(names, "\xff")
 }
 
-// appendID appends the ID of the group of this shape that the labels, sorted by
-// name, belong to. It returns false where they lack a name of the shape.
+// appendID appends the ID of the group of this shape that the labels, canonical and
+// sorted by name, belong to. It returns false where they lack a name of the shape.
 func (sh *shape) appendID(id []byte, labels []*dto.LabelPair) ([]byte, bool) {
 	for i, name := range sh.names {
 		for len(labels) > 0 && labels[0].GetName() < name {
@@ -134,11 +147,11 @@ func (sh *shape) appendID(id []byte, labels []*dto.LabelPair) ([]byte, bool) {
 	return id, true
 }
 
-// shapesBut returns all shapes but that of key: a series has its own group's key,
+// shapesBut returns all shapes but that of a canonical key: a series has its own group's key,
 // so of that shape there is but the group itself.
-func (x *index) shapesBut(key Key) []*shape {
+func (x *index) shapesBut(canonical Key) []*shape {
 	var others []*shape
-	own := shapeID(key)
+	own := shapeID(canonical)
 	for id, sh := range x.shapes {
 		if id != own {
 			others = append(others, sh)
@@ -161,14 +174,18 @@ func (x *index) groupOf(shapes []*shape, labels []*dto.LabelPair, has func(*grou
 	return nil
 }
 
-// twin returns a group whose generated series would have the same labels as those
-// of a group of that key.
+// twin returns another group whose generated series have the same labels as those of
+// a group of that key.
 func (x *index) twin(key Key) *group {
+	canonical := key.canonical()
+	if g := x.groups[canonical.ID()]; g != nil && g.id != key.ID() {
+		return g
+	}
 	m := new(dto.Metric)
-	forceLabels(key, key.forced(), m)
-	return x.groupOf(x.shapesBut(key), m.Label, func(g *group) bool {
+	forceLabels(canonical, canonical.forced(), m)
+	return x.groupOf(x.shapesBut(canonical), m.Label, func(g *group) bool {
 		twin := new(dto.Metric)
-		forceLabels(g.key, g.key.forced(), twin)
+		forceLabels(g.canonical, g.canonical.forced(), twin)
 		return slices.EqualFunc(m.Label, twin.Label, sameLabel)
 	})
 }
@@ -214,18 +231,20 @@ func (x *index) putEntry(g *group, n int32, before *image) {
 		f.entries[i] = e
 	}
 	f.kind = m.kind
-	old := before.find(m.name)
 	f.helps[m.help]++
+	old := before.find(m.name)
 	if old != nil {
 		f.lostHelp(old)
 	}
+	x.countDiffering(m.name, f)
 	switch {
+	case !f.differs:
+		f.help = m.help
+	case f.helpAt == 0 || old != nil && old.pushed == f.helpAt:
+		x.chooseHelp(f)
 	case b.pushed >= f.helpAt:
 		f.help, f.helpAt = m.help, b.pushed
-	case old != nil:
-		x.chooseHelp(f, old)
 	}
-	x.countDiffering(m.name, f)
 }
 
 // countDiffering keeps count of the families that have more than one HELP.
@@ -236,6 +255,7 @@ func (x *index) countDiffering(name string, f *family) {
 		x.logger.Info("Groups have different HELP texts for one metric; that of the most recent push is shown", "metric", name)
 	case !differs && f.differs:
 		x.differing--
+		f.helpAt = 0
 	}
 	f.differs = len(f.helps) > 1
 }
@@ -255,22 +275,25 @@ func (x *index) dropEntry(g *group, b *block) {
 	f.entries = slices.Delete(f.entries, i, i+1)
 	f.lostHelp(b)
 	x.countDiffering(name, f)
-	if len(f.entries) > 0 {
-		x.chooseHelp(f, b)
-		return
-	}
-	delete(x.families, name)
-	escaped := model.EscapeName(name, model.UnderscoreEscaping)
-	if names := x.foreign[escaped]; names != nil {
-		if delete(names, name); len(names) == 0 {
-			delete(x.foreign, escaped)
+	switch {
+	case len(f.entries) == 0:
+		delete(x.families, name)
+		escaped := model.EscapeName(name, model.UnderscoreEscaping)
+		if names := x.foreign[escaped]; names != nil {
+			if delete(names, name); len(names) == 0 {
+				delete(x.foreign, escaped)
+			}
 		}
+	case !f.differs || f.helpAt == b.pushed:
+		x.chooseHelp(f)
 	}
 }
 
-// chooseHelp finds the HELP of the most recent push again, after gone has left.
-func (x *index) chooseHelp(f *family, gone *block) {
-	if f.helpAt != gone.pushed || len(f.helps) == 1 && f.helps[f.help] > 0 {
+// chooseHelp finds the HELP of the most recent push.
+func (x *index) chooseHelp(f *family) {
+	if !f.differs {
+		for f.help = range f.helps { // there is but one
+		}
 		return
 	}
 	newest := slices.MaxFunc(f.entries, func(a, b entry) int { return cmp.Compare(a.block(x.images).pushed, b.block(x.images).pushed) }).block(x.images)
@@ -281,7 +304,17 @@ func (x *index) chooseHelp(f *family, gone *block) {
 // after a push, looking only at the names that the push touches.
 func (s *Store) inconsistencies(g *group, after, pushed []prepared) []string {
 	var reasons []string
-	exists := func(name string) (dto.MetricType, bool) {
+	var foreign map[string][]string // of those after the push, by their escaped form
+	for _, p := range after {
+		if name := p.name(); !model.LegacyValidation.IsValidMetricName(name) {
+			if foreign == nil {
+				foreign = map[string][]string{}
+			}
+			escaped := model.EscapeName(name, model.UnderscoreEscaping)
+			foreign[escaped] = append(foreign[escaped], name)
+		}
+	}
+	kindOf := func(name string) (dto.MetricType, bool) {
 		if i, ok := slices.BinarySearchFunc(after, name, func(p prepared, name string) int { return strings.Compare(p.name(), name) }); ok {
 			return after[i].meta.Value().kind, true
 		}
@@ -289,6 +322,19 @@ func (s *Store) inconsistencies(g *group, after, pushed []prepared) []string {
 			return f.kind, true
 		}
 		return s.config.Reserved(name)
+	}
+	// exists looks for a family, other than but, whose escaped name is that.
+	exists := func(escaped, but string) (string, dto.MetricType, bool) {
+		names := append([]string{escaped}, foreign[escaped]...)
+		for name := range s.foreign[escaped] {
+			names = append(names, name)
+		}
+		for _, name := range names {
+			if kind, ok := kindOf(name); ok && name != but {
+				return name, kind, true
+			}
+		}
+		return "", 0, false
 	}
 	for _, p := range pushed {
 		if g.image.hasSame(p) {
@@ -307,11 +353,12 @@ func (s *Store) inconsistencies(g *group, after, pushed []prepared) []string {
 			reasons = append(reasons, reason)
 			continue
 		}
-		if other, kind := suffixCollision(m.name, m.kind, exists); other != "" {
-			reasons = append(reasons, fmt.Sprintf("metric %q collides with the %s %q", m.name, typeName(kind), other))
-		}
-		if other := s.escapeCollision(m.name, exists); other != "" {
+		escaped := model.EscapeName(m.name, model.UnderscoreEscaping)
+		if other, _, ok := exists(escaped, m.name); ok {
 			reasons = append(reasons, fmt.Sprintf("metric %q has the same name as %q where UTF-8 names are escaped", m.name, other))
+		}
+		if other, kind := suffixCollision(escaped, m.kind, exists); other != "" {
+			reasons = append(reasons, fmt.Sprintf("metric %q collides with the %s %q", m.name, typeName(kind), other))
 		}
 	}
 	return reasons
@@ -329,7 +376,7 @@ func typeName(kind dto.MetricType) string { return strings.ToLower(kind.String()
 
 // duplicate tells of the first series that another group has already.
 func (s *Store) duplicate(g *group, p prepared) string {
-	shapes := s.shapesBut(g.key)
+	shapes := s.shapesBut(g.canonical)
 	if len(shapes) == 0 {
 		return ""
 	}
@@ -338,7 +385,7 @@ func (s *Store) duplicate(g *group, p prepared) string {
 		return err.Error()
 	}
 	for i, m := range f.Metric {
-		owner := s.groupOf(shapes, m.Label, func(other *group) bool {
+		owner := s.groupOf(shapes, canonicalLabels(m.Label), func(other *group) bool {
 			b := other.image.find(p.name())
 			return b != nil && other.image.hasSeries(b, p.series[i])
 		})
@@ -358,10 +405,10 @@ var suffixes = map[dto.MetricType][]string{
 
 // suffixCollision looks for a family whose series would have the names that name's
 // summary or histogram has, or the other way round.
-func suffixCollision(name string, kind dto.MetricType, exists func(string) (dto.MetricType, bool)) (other string, is dto.MetricType) {
+func suffixCollision(name string, kind dto.MetricType, exists func(escaped, but string) (string, dto.MetricType, bool)) (other string, is dto.MetricType) {
 	for _, suffix := range suffixes[kind] {
-		if k, ok := exists(name + suffix); ok {
-			return name + suffix, k
+		if other, is, ok := exists(name+suffix, ""); ok {
+			return other, is
 		}
 	}
 	for _, suffix := range []string{"_count", "_sum", "_bucket"} {
@@ -369,25 +416,9 @@ func suffixCollision(name string, kind dto.MetricType, exists func(string) (dto.
 		if !ok {
 			continue
 		}
-		if k, ok := exists(base); ok && slices.Contains(suffixes[k], suffix) {
-			return base, k
+		if other, is, ok := exists(base, ""); ok && slices.Contains(suffixes[is], suffix) {
+			return other, is
 		}
 	}
 	return "", 0
-}
-
-// escapeCollision looks for a name that reads the same once it is escaped.
-func (x *index) escapeCollision(name string, exists func(string) (dto.MetricType, bool)) string {
-	escaped := model.EscapeName(name, model.UnderscoreEscaping)
-	if escaped != name {
-		if _, ok := exists(escaped); ok {
-			return escaped
-		}
-	}
-	for other := range x.foreign[escaped] {
-		if _, ok := exists(other); ok && other != name {
-			return other
-		}
-	}
-	return ""
 }

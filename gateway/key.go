@@ -36,6 +36,19 @@ func appendLabelID(id []byte, i int, name, value string) []byte {
 	return append(id, value...)
 }
 
+// canonical returns the key with its names as text format 0.0.4 escapes them.
+func (k Key) canonical() Key {
+	if !slices.ContainsFunc(k, func(l Label) bool { return !model.LegacyValidation.IsValidLabelName(l.Name) }) {
+		return k
+	}
+	c := make(Key, len(k))
+	for i, l := range k {
+		c[i] = Label{model.EscapeName(l.Name, model.UnderscoreEscaping), l.Value}
+	}
+	slices.SortFunc(c, func(a, b Label) int { return strings.Compare(a.Name, b.Name) })
+	return c
+}
+
 // String returns the key as a selector, for people.
 func (k Key) String() string {
 	var b strings.Builder
@@ -83,6 +96,11 @@ func NewKey(labels map[string]string) (Key, error) {
 		k = append(k, Label{name, value})
 	}
 	slices.SortFunc(k, func(a, b Label) int { return strings.Compare(a.Name, b.Name) })
+	for c, i := k.canonical(), 1; i < len(c); i++ {
+		if c[i].Name == c[i-1].Name {
+			return nil, fmt.Errorf("two label names of the grouping key %s are the same where UTF-8 names are escaped: %s", k, c[i].Name)
+		}
+	}
 	return k, nil
 }
 

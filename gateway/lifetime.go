@@ -98,7 +98,7 @@ func (d *deadlines) Pop() any {
 func (s *Store) schedule(g *group) {
 	at, ok := g.nextChange(s.config.ForgetAfter)
 	switch listed := g.deadlineIndex >= 0; {
-	case s.groups[g.id] != g || !ok:
+	case s.get(g.key) != g || !ok:
 		if listed {
 			heap.Remove(&s.deadlines, g.deadlineIndex)
 		}

@@ -46,7 +46,7 @@ func newMetrics(registerer prometheus.Registerer, s *Store) *metrics {
 		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, value)
 	}
 	registerer.MustRegister(m.requests, m.duration, m.size,
-		gauge("push_groups", "Groups in the push store.", func() float64 { return float64(s.Groups()) }),
+		gauge("push_groups", "Groups in the push store.", func() float64 { return float64(s.Len()) }),
 		gauge("push_queue_length", "Changes that wait to be written. Near 1000 pushes are refused.", func() float64 { return float64(len(s.queue)) }),
 		counter("push_groups_expired_total", "Groups whose TTL passed.", func() float64 { return float64(s.stats.expired.Load()) }),
 		counter("push_store_writes_total", "Writes of the push store; one write stores all pushes that wait.", func() float64 { return float64(s.stats.writes.Load()) }),
@@ -59,11 +59,4 @@ func newMetrics(registerer prometheus.Registerer, s *Store) *metrics {
 func (m *metrics) observe(handler string, status int, took time.Duration) {
 	m.requests.WithLabelValues(handler, strconv.Itoa(status)).Inc()
 	m.duration.WithLabelValues(handler).Observe(took.Seconds())
-}
-
-// Groups returns the number of groups.
-func (s *Store) Groups() int {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return len(s.groups)
 }

@@ -41,9 +41,18 @@ const (
 // histogram, and sums can be NaN or negative. Timestamps of samples are kept, for
 // the caller to refuse.
 func parseOpenMetrics(body []byte) (map[string]*dto.MetricFamily, error) {
-	text, ended := bytes.CutSuffix(bytes.TrimSuffix(body, []byte("\n")), []byte("# EOF"))
-	if !ended || len(text) > 0 && text[len(text)-1] != '\n' {
-		return nil, errors.New("the last line is not # EOF")
+	// A push has a length, so it is whole without the end mark: the Go client's push
+	// package writes none.
+	text, ended := bytes.CutSuffix(bytes.TrimSuffix(body, []byte("\n")), []byte("\n# EOF"))
+	switch {
+	case ended:
+		text = body[:len(text)+1]
+	case string(bytes.TrimSuffix(body, []byte("\n"))) == "# EOF":
+		text = nil
+	case len(body) > 0 && body[len(body)-1] != '\n':
+		return nil, errors.New("the last line does not end with a line feed")
+	default:
+		text = body
 	}
 	r := openMetricsReader{
 		families: map[string]*dto.MetricFamily{},

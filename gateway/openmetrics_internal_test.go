@@ -211,6 +211,10 @@ func TestParseOpenMetrics(t *testing.T) {
 	for name, test := range openMetricsAccepted {
 		t.Run(name, func(t *testing.T) {
 			families, err := parseOpenMetrics([]byte(test.body + "# EOF\n"))
+			withoutEnd, _ := parseOpenMetrics([]byte(test.body))
+			if len(withoutEnd) != len(families) {
+				t.Errorf("without # EOF there are %d families, want %d", len(withoutEnd), len(families))
+			}
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -302,12 +306,10 @@ queue_count 2
 
 // openMetricsRefused are whole bodies, and what the error tells of them.
 var openMetricsRefused = []struct{ name, body, want string }{
-	{"empty", "", "the last line is not # EOF"},
-	{"no EOF", "a 1\n", "the last line is not # EOF"},
-	{"EOF in HELP", "# HELP a # EOF\n", "the last line is not # EOF"},
-	{"EOF behind a sample", "a 1 # EOF\n", "the last line is not # EOF"},
-	{"blank line behind EOF", "a 1\n# EOF\n\n", "the last line is not # EOF"},
-	{"text behind EOF", "a 1\n# EOF\nb 1\n", "the last line is not # EOF"},
+	{"no line feed", "a 1", "the last line does not end with a line feed"},
+	{"EOF behind a sample", "a 1 # EOF\n", "line 1: "},
+	{"blank line behind EOF", "a 1\n# EOF\n\n", "line 2: "},
+	{"text behind EOF", "a 1\n# EOF\nb 1\n", "line 2: unexpected data after # EOF"},
 	{"EOF twice", "a 1\n# EOF\n# EOF\n", "line 2: unexpected data after # EOF"},
 	{"blank line", "a 1\n\nb 1\n# EOF\n", "line 2: expected a valid start token"},
 	{"CRLF", "a 1\r\n# EOF\n", "line 1: strconv.ParseFloat"},

@@ -129,7 +129,14 @@ func prepareFamily(key Key, forced []*dto.LabelPair, f *dto.MetricFamily, now in
 		if i > 0 && slices.EqualFunc(f.Metric[i-1].Label, series.Label, sameLabel) {
 			return p, fmt.Errorf("metric %q: the labels %s were already seen", name, labelString(series.Label))
 		}
-		p.series[i] = hashSeries(name, series.Label)
+		if !m.foreign {
+			p.series[i] = hashSeries(name, series.Label)
+			continue
+		}
+		p.series[i] = hashSeries(name, canonicalLabels(series.Label))
+		if slices.Contains(p.series[:i], p.series[i]) {
+			return p, fmt.Errorf("metric %q: the labels %s were already seen where UTF-8 names are escaped", name, labelString(series.Label))
+		}
 	}
 	if len(f.Metric) == 0 {
 		return p, nil
@@ -276,6 +283,20 @@ func labelString(labels []*dto.LabelPair) string {
 		k[i] = Label{l.GetName(), l.GetValue()}
 	}
 	return k.String()
+}
+
+// canonicalLabels returns labels with their names as text format 0.0.4 escapes
+// them, sorted.
+func canonicalLabels(labels []*dto.LabelPair) []*dto.LabelPair {
+	if !slices.ContainsFunc(labels, func(l *dto.LabelPair) bool { return !model.LegacyValidation.IsValidLabelName(l.GetName()) }) {
+		return labels
+	}
+	canonical := make([]*dto.LabelPair, len(labels))
+	for i, l := range labels {
+		canonical[i] = &dto.LabelPair{Name: proto.String(model.EscapeName(l.GetName(), model.UnderscoreEscaping)), Value: l.Value}
+	}
+	slices.SortFunc(canonical, func(a, b *dto.LabelPair) int { return strings.Compare(a.GetName(), b.GetName()) })
+	return canonical
 }
 
 // hashSeparator is a byte that UTF-8 doesn't have.

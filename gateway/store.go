@@ -23,13 +23,21 @@ var (
 	ErrBusy = errors.New("the push store is busy")
 	// ErrTooManyGroups: the group would be one more than StoreConfig.MaxGroups.
 	ErrTooManyGroups = errors.New("too many groups")
+	// ErrTooManySeries: the group would have more than StoreConfig.MaxSeriesPerGroup.
+	ErrTooManySeries = errors.New("too many series")
+	// ErrPushedSince: the group was pushed after the time of HeaderUnlessPushedSince.
+	ErrPushedSince = errors.New("the group was pushed since")
 )
 
 // Rejection tells why a push was refused: none of it was stored.
 type Rejection struct {
 	Key     Key
 	Reasons []string
+	// Limit is ErrTooManySeries where that was the reason.
+	Limit error
 }
+
+func (r *Rejection) Unwrap() error { return r.Limit }
 
 func (r *Rejection) Error() string {
 	const introduction = "the push is invalid or inconsistent with existing metrics"
@@ -62,9 +70,10 @@ type StoreConfig struct {
 
 // group is one group. Its state changes under the store's mu.
 type group struct {
-	key  Key
-	id   string
-	slot int32 // in the index
+	key       Key
+	id        string
+	canonical Key
+	slot      int32 // in the index
 	state
 
 	// The place in the store's heap of deadlines, -1: none. Of the writer only.
@@ -152,7 +161,7 @@ func OpenStore(config StoreConfig, backend Backend) (*Store, error) {
 }
 
 func newGroup(key Key) *group {
-	return &group{key: key, id: key.ID(), state: state{named: unnamed}, deadlineIndex: -1}
+	return &group{key: key, id: key.ID(), canonical: key.canonical(), state: state{named: unnamed}, deadlineIndex: -1}
 }
 
 // Run makes the changes until ctx ends and the queue is empty. Then it closes the
@@ -351,4 +360,49 @@ func (s *Store) Delete(ctx context.Context, match func(Key) bool, dry bool) ([]K
 	}
 	err := s.do(ctx, c)
 	return c.matched, err
+}
+
+// Len returns the number of groups.
+func (s *Store) Len() int {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return len(s.groups)
+}
+
+// GroupInfo tells of a group for people.
+type GroupInfo struct {
+	Key    Key
+	Series int // pushed ones
+	// Pushed and Failed are when the last good push and the last refused one came,
+	// zero: none did.
+	Pushed, Failed time.Time
+	Lifetime            // that counts, by its own pushes or by the rules
+	Up             bool // push_up, where there is an interval
+	Expired        bool // its samples went with the TTL
+}
+
+// Groups tells of all groups, sorted by job and then by the other labels.
+func (s *Store) Groups() []GroupInfo {
+	groups := s.snapshot()
+	infos := make([]GroupInfo, len(groups))
+	for i, g := range groups {
+		infos[i] = GroupInfo{Key: g.key, Lifetime: g.life, Up: g.up, Expired: g.expired}
+		if g.pushed > 0 {
+			infos[i].Pushed = time.Unix(0, g.pushed)
+		}
+		if g.failed > 0 {
+			infos[i].Failed = time.Unix(0, g.failed)
+		}
+		for j := range g.image.blocks {
+			if b := &g.image.blocks[j]; !isGenerated(b.name()) {
+				infos[i].Series += int(b.series)
+			}
+		}
+	}
+	slices.SortStableFunc(infos, func(a, b GroupInfo) int {
+		jobA, _ := a.Key.Get("job")
+		jobB, _ := b.Key.Get("job")
+		return strings.Compare(jobA, jobB)
+	})
+	return infos
 }
