@@ -78,6 +78,9 @@ func (f *importFlags) command(app *kingpin.Application) *kingpin.CmdClause {
 // run imports the groups and writes to out what became of them. It returns an
 // error unless each group is at the target.
 func (f *importFlags) run(ctx context.Context, out io.Writer) error {
+	if f.timeout <= 0 {
+		return fmt.Errorf("--timeout=%s: use more than 0", f.timeout)
+	}
 	from, err := newEndpoint("--from", f.from, f.fromConfigFile, f.timeout)
 	if err != nil {
 		return err
@@ -168,11 +171,16 @@ func (i *importer) group(ctx context.Context, g sourceGroup) {
 	}
 	if !i.dryRun {
 		for n, p := range pushes {
-			header := http.Header{"Content-Type": {protobufType}, gateway.HeaderPushTime: {unixSeconds(p.at)}}
+			header := http.Header{"Content-Type": {protobufType}, gateway.HeaderPushTime: {unixSeconds(p.at)}, gateway.HeaderUnlessPushedSince: {unixSeconds(g.pushed)}}
 			if n == len(pushes)-1 && g.failed != there.failed {
 				header.Set(gateway.HeaderFailureTime, unixSeconds(g.failed))
 			}
-			if err := i.push(ctx, path, p, header); err != nil {
+			if err := i.push(ctx, path, p, header); errors.Is(err, gateway.ErrPushedSince) {
+				i.mu.Lock()
+				defer i.mu.Unlock()
+				i.kept++
+				return
+			} else if err != nil {
 				if ctx.Err() == nil {
 					i.fail(g.key, err)
 				}
@@ -200,10 +208,13 @@ func (i *importer) push(ctx context.Context, path string, p timedPush, header ht
 	if err != nil {
 		return err
 	}
-	if a.status != http.StatusOK {
-		return errors.New(a.String())
+	switch a.status {
+	case http.StatusOK:
+		return nil
+	case http.StatusPreconditionFailed:
+		return gateway.ErrPushedSince
 	}
-	return nil
+	return errors.New(a.String())
 }
 
 // sourceGroup is a group as it was at one moment.

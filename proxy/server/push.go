@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/model"
+	"github.com/prometheus/prometheus/model/labels"
 
 	"github.com/culvert-io/culvert/gateway"
 	"github.com/culvert-io/culvert/gateway/boltstore"
@@ -201,7 +203,10 @@ func (s *Server) deleteGroups(w http.ResponseWriter, r *http.Request) {
 	default:
 		err = fmt.Errorf("dry_run=%q: write true or false", dry)
 	}
-	for _, matchers := range wanted {
+	for i, matchers := range wanted {
+		if !slices.ContainsFunc(matchers, func(m *labels.Matcher) bool { return !m.Matches("") }) {
+			err = fmt.Errorf("match[]=%q would select every group; if that is meant, write {job=~\".+\"}", query["match[]"][i])
+		}
 		for _, m := range matchers {
 			if m.Name == model.MetricNameLabel {
 				err = fmt.Errorf("match[]: groups are selected by their grouping labels, not by the metric %s", m)

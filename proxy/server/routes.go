@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"strings"
 
 	"github.com/prometheus/common/route"
 	"github.com/prometheus/common/version"
@@ -38,6 +39,7 @@ func (s *Server) routes() (err error) {
 	}
 	r.Get("/api/v1/metrics", s.push.with((*gateway.Gateway).ServeQuery))
 	r.Get("/api/v1/status", s.serveStatus)
+	r.Get("/api/v1/", http.NotFound) // the router redirects from /api/v1
 	r.Options("/api/v1/*any", func(w http.ResponseWriter, _ *http.Request) { gateway.SetAPIHeaders(w.Header()) })
 	r.Put("/api/v1/push", s.push.with((*gateway.Gateway).ServeBatch))
 	r.Post("/api/v1/push", s.push.with((*gateway.Gateway).ServeBatch))
@@ -64,7 +66,13 @@ func (s *Server) routes() (err error) {
 	return nil
 }
 
-func (s *Server) servePage(w http.ResponseWriter, _ *http.Request) { ui.Serve(w, s.fleet.Agents()) }
+func (s *Server) servePage(w http.ResponseWriter, _ *http.Request) {
+	content := ui.Content{Agents: s.fleet.Agents(), PushError: s.push.Err(), MetricsPath: strings.TrimPrefix(s.config.TelemetryPath, "/")}
+	if store := s.push.current(); store != nil {
+		content.Groups = store.Groups()
+	}
+	ui.Serve(w, content)
+}
 
 // serveReady fails only while the proxy is draining: it listens once it is ready.
 // With ?for=push it tells whether the push store takes pushes too.
