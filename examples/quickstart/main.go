@@ -1,6 +1,6 @@
 // Command quickstart runs Culvert's main job on one machine and shows it: an
-// exporter that listens on loopback only, an agent that dials out to a proxy, and
-// a scrape that goes through the proxy the way Prometheus does it.
+// exporter that listens on loopback only, an agent that dials out to a proxy, a
+// batch job that pushes to it, and scrapes the way Prometheus does them.
 package main
 
 import (
@@ -23,9 +23,11 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/prometheus/client_golang/prometheus/push"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/gateway"
 	"github.com/culvert-io/culvert/proxy/fleet"
 	"github.com/culvert-io/culvert/proxy/server"
 )
@@ -84,9 +86,13 @@ func run(ctx context.Context, out io.Writer, address string, once bool) error {
 		return err
 	}
 	all.Go(func() error { return client.Run(ctx) })
-	fmt.Fprintf(out, "3. The agent \"quickstart\" dials out to the proxy; no port is open on its side.\n\n")
+	fmt.Fprintf(out, "3. The agent \"quickstart\" dials out to the proxy; no port is open on its side.\n")
 
-	if err := scrapeAll(ctx, out, proxy, port); err != nil {
+	err = pushBatch(ctx, out, proxy)
+	if err == nil {
+		err = scrapeAll(ctx, out, proxy, port)
+	}
+	if err != nil {
 		cancel()
 		return errors.Join(err, all.Wait())
 	}
@@ -152,6 +158,21 @@ func startProxy(ctx context.Context, all *errgroup.Group, address, dir string, l
 	return proxy.Addr(), nil
 }
 
+// pushBatch does what a batch job does when it has ended, by the client library for
+// the Pushgateway. It says how often it comes, so that somebody notices when it
+// doesn't.
+func pushBatch(ctx context.Context, out io.Writer, proxy string) error {
+	finished := prometheus.NewGauge(prometheus.GaugeOpts{Name: "backup_finished_time_seconds", Help: "When the backup finished."})
+	finished.SetToCurrentTime()
+	header := http.Header{gateway.HeaderInterval: {"24h"}}
+	err := push.New("http://"+proxy, "backup").Grouping("database", "orders").Header(header).Collector(finished).PushContext(ctx)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "4. A batch job pushes to the proxy, and says that it comes every 24 h.\n\n")
+	return nil
+}
+
 // scrapeAll does what Prometheus does: it asks discovery for the targets, and
 // scrapes each through proxy_url.
 func scrapeAll(ctx context.Context, out io.Writer, proxy, port string) error {
@@ -185,31 +206,40 @@ func scrapeAll(ctx context.Context, out io.Writer, proxy, port string) error {
 		urls = append(urls, t.Labels["__scheme__"]+"://"+t.Targets[0]+t.Labels["__metrics_path__"])
 	}
 	for _, u := range urls {
-		body, err := get(ctx, through, u)
-		if err != nil {
-			return fmt.Errorf("scrape %s: %w", u, err)
+		if err := show(ctx, out, through, u, u+" through the proxy"); err != nil {
+			return err
 		}
-		fmt.Fprintf(out, "GET %s through the proxy:\n", u)
-		shown, more := 0, 0
-		lines := bufio.NewScanner(strings.NewReader(body))
-		for lines.Scan() {
-			switch {
-			case strings.HasPrefix(lines.Text(), "#"):
-			case shown < 4:
-				fmt.Fprintf(out, "   %s\n", lines.Text())
-				shown++
-			default:
-				more++
-			}
-		}
-		if shown == 0 {
-			return fmt.Errorf("scrape %s: no samples came", u)
-		}
-		if more > 0 {
-			fmt.Fprintf(out, "   … and %d samples more\n", more)
-		}
-		fmt.Fprintln(out)
 	}
+	groups := "http://" + proxy + "/metrics?only=groups"
+	return show(ctx, out, http.DefaultClient, groups, groups)
+}
+
+// show scrapes a URL and prints the first samples.
+func show(ctx context.Context, out io.Writer, client *http.Client, u, title string) error {
+	body, err := get(ctx, client, u)
+	if err != nil {
+		return fmt.Errorf("scrape %s: %w", u, err)
+	}
+	fmt.Fprintf(out, "GET %s:\n", title)
+	shown, more := 0, 0
+	lines := bufio.NewScanner(strings.NewReader(body))
+	for lines.Scan() {
+		switch {
+		case strings.HasPrefix(lines.Text(), "#"):
+		case shown < 4:
+			fmt.Fprintf(out, "   %s\n", lines.Text())
+			shown++
+		default:
+			more++
+		}
+	}
+	if shown == 0 {
+		return fmt.Errorf("scrape %s: no samples came", u)
+	}
+	if more > 0 {
+		fmt.Fprintf(out, "   … and %d samples more\n", more)
+	}
+	fmt.Fprintln(out)
 	return nil
 }
 
@@ -239,6 +269,10 @@ scrape_configs:
     proxy_url: http://%[1]s
     http_sd_configs:
       - url: http://%[1]s/targets
+  - job_name: batch
+    honor_labels: true
+    static_configs:
+      - targets: ["%[1]s"]
 
 And open http://%[1]s/ to see the agents.
 
