@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -84,7 +85,11 @@ func (r *Record) MarshalBinary() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	families := make([]byte, 0, len(st.image.data)+64*len(st.image.blocks))
+	scratch := buffers.Get().(*bytes.Buffer)
+	defer buffers.Put(scratch)
+	scratch.Reset()
+	scratch.Grow(2 * (len(st.image.data) + 64*len(st.image.blocks)))
+	families := scratch.AvailableBuffer()
 	var familyHead []byte
 	for i := range st.image.blocks {
 		b := &st.image.blocks[i]
@@ -97,10 +102,10 @@ func (r *Record) MarshalBinary() ([]byte, error) {
 		families = appendLength(families, len(familyHead)+len(series))
 		families = append(append(families, familyHead...), series...)
 	}
-	out := make([]byte, 0, len(text)+s2.MaxEncodedLen(len(families))+binary.MaxVarintLen64+crc32.Size)
+	compressed := s2.EncodeSnappy(families[len(families):cap(families)], families)
+	out := make([]byte, 0, len(text)+len(compressed)+binary.MaxVarintLen64+crc32.Size)
 	out = binary.AppendUvarint(out, uint64(len(text)))
-	out = append(out, text...)
-	out = append(out, s2.EncodeSnappy(out[len(out):cap(out)], families)...)
+	out = append(append(out, text...), compressed...)
 	return binary.LittleEndian.AppendUint32(out, crc32.Checksum(out, castagnoli)), nil
 }
 

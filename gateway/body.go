@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -27,7 +28,8 @@ import (
 var ErrBodyTooLarge = errors.New("the body is too large")
 
 const (
-	// smallBody is up to which size in bytes bodies are read without a place.
+	// smallBody is up to which size in bytes bodies are read without asking for
+	// memory, and in which steps larger ones ask.
 	smallBody = 1 << 20
 	// readPause is how long a client may send nothing.
 	readPause = 30 * time.Second
@@ -69,26 +71,39 @@ func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, what string) 
 			buffers.Put(buf)
 		}
 	})
-	if _, err := buf.ReadFrom(io.LimitReader(body, smallBody)); err != nil {
-		return nil, nil, bodyError(what, sent, err)
-	}
-	if buf.Len() == smallBody {
-		leave, err := enter(r, g.large)
-		if err != nil {
-			return nil, nil, err
+	// Who sends slowly holds no more memory than what has come.
+	for size := int64(0); int64(buf.Len()) == size; size += smallBody {
+		if size > 0 {
+			if err := g.takeMemory(r); err != nil {
+				return nil, nil, err
+			}
+			release = append(release, func() { g.memory.Release(smallBody) })
 		}
-		release = append(release, leave)
-		if _, err := buf.ReadFrom(body); err != nil {
+		if _, err := buf.ReadFrom(io.LimitReader(body, smallBody)); err != nil {
 			return nil, nil, bodyError(what, sent, err)
 		}
 	}
 	g.metrics.size.Observe(float64(buf.Len()))
-	leave, err := enter(r, g.parsing)
+	places := g.parsing
+	if buf.Len() > smallBody {
+		places = g.parsingLarge
+	}
+	leave, err := enter(r, places)
 	if err != nil {
 		return nil, nil, err
 	}
 	release = append(release, leave)
 	return buf.Bytes(), finish, nil
+}
+
+// takeMemory takes smallBody bytes of what the bodies of large pushes may have.
+func (g *Gateway) takeMemory(r *http.Request) error {
+	ctx, cancel := context.WithTimeout(r.Context(), queueWait)
+	defer cancel()
+	if g.memory.Acquire(ctx, smallBody) != nil {
+		return fmt.Errorf("%w: other large pushes are being read; try again later", ErrBusy)
+	}
+	return nil
 }
 
 var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}

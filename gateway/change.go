@@ -29,6 +29,7 @@ type edit struct {
 	reasons   []string       // why the push is refused already
 	ttl       *time.Duration // nil: keep
 	interval  *time.Duration
+	dated     bool       // at is what the push tells
 	at        time.Time  // when it was pushed
 	failed    *time.Time // when the last push failed, if the push tells
 	unless    *time.Time // nothing is done where the group was pushed after that

@@ -77,7 +77,27 @@ func encodePlain(key Key, body []byte, now int64) (pushedFamilies, bool) {
 	if !utf8.Valid(body) || !e.parse(body) {
 		return pushedFamilies{}, false
 	}
-	return e.result()
+	return e.result(func(name string) bool { return !isGenerated(name) })
+}
+
+// encodeGauges returns one gauge a family for a group; false where its key isn't
+// plain.
+func encodeGauges(key Key, gauges []generated) ([]prepared, bool) {
+	e := textEncoders.Get().(*textEncoder)
+	defer textEncoders.Put(e)
+	e.reset(key, 0, 256)
+	if !e.plainKey() {
+		return nil, false
+	}
+	for _, g := range gauges {
+		f := plainFamily{name: []byte(g.name), help: []byte(g.help), kind: dto.MetricType_GAUGE, series: len(e.series)}
+		e.families = append(e.families, f)
+		first := len(e.labels)
+		e.forceLabels(first)
+		e.add(&f, e.labels[first:], g.value)
+	}
+	out, ok := e.result(func(string) bool { return true })
+	return out.families, ok
 }
 
 func (e *textEncoder) reset(key Key, now int64, size int) {
@@ -101,10 +121,8 @@ var labelEscaper = strings.NewReplacer(`\`, `\\`, "\n", `\n`, `"`, `\"`)
 
 // parse reads all lines. It returns false where the body isn't plain.
 func (e *textEncoder) parse(body []byte) bool {
-	for _, l := range e.forced {
-		if !legacyLabel(l.name) {
-			return false // its text depends on the escaping scheme
-		}
+	if !e.plainKey() {
+		return false
 	}
 	for len(body) > 0 {
 		end := bytes.IndexByte(body, '\n')
@@ -126,6 +144,12 @@ func (e *textEncoder) parse(body []byte) bool {
 		}
 	}
 	return true
+}
+
+// plainKey reports whether the text of the forced labels is the same in every
+// escaping scheme.
+func (e *textEncoder) plainKey() bool {
+	return !slices.ContainsFunc(e.forced, func(l forcedLabel) bool { return !legacyLabel(l.name) })
 }
 
 // family returns the family of that name: the current one, or a new one.
@@ -332,9 +356,9 @@ func appendFloat(b []byte, f float64) []byte {
 	return strconv.AppendFloat(b, f, 'g', -1, 64)
 }
 
-// result puts the families together, sorted by name, and their series in the order
+// result puts the wanted families together, sorted by name, and their series in the order
 // of compareSeries. It returns false where a series stands twice.
-func (e *textEncoder) result() (out pushedFamilies, ok bool) {
+func (e *textEncoder) result(want func(name string) bool) (out pushedFamilies, ok bool) {
 	hashes := make([]uint64, len(e.series))
 	out.families = make([]prepared, 0, len(e.families))
 	for i := range e.families {
@@ -343,12 +367,8 @@ func (e *textEncoder) result() (out pushedFamilies, ok bool) {
 		if i+1 < len(e.families) {
 			to = e.families[i+1].series
 		}
-		switch string(f.name) {
-		case pushTimeName, failureTimeName, pushUpName:
-			continue
-		}
-		if from == to {
-			continue // as the parser does with a family that has no series
+		if from == to || !want(string(f.name)) {
+			continue // the parser too leaves out a family that has no series
 		}
 		p := prepared{meta: e.metaOf(f), pushed: e.now, series: hashes[from:to:to]}
 		for n := from; n < to; n++ {

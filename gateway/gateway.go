@@ -16,6 +16,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
+	"golang.org/x/sync/semaphore"
 )
 
 // Header fields of a push.
@@ -52,10 +53,10 @@ type Gateway struct {
 	store   *Store
 	metrics *metrics
 
+	// memory is what bodies of more than smallBody may have together.
+	memory *semaphore.Weighted
 	// Parsing takes many times the memory of the body, so it takes a place.
-	parsing chan struct{}
-	// large are the places for bodies of more than smallBody.
-	large chan struct{}
+	parsing, parsingLarge chan struct{}
 }
 
 // New returns a gateway to the store.
@@ -68,7 +69,8 @@ func New(config Config, store *Store) *Gateway {
 	}
 	return &Gateway{
 		config: config, store: store, metrics: newMetrics(config.Registerer, store),
-		parsing: make(chan struct{}, 4*runtime.GOMAXPROCS(0)), large: make(chan struct{}, 2),
+		memory:  semaphore.NewWeighted(max(4*config.MaxBodySize, 256<<20)),
+		parsing: make(chan struct{}, 4*runtime.GOMAXPROCS(0)), parsingLarge: make(chan struct{}, 2),
 	}
 }
 
@@ -142,6 +144,7 @@ func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string)
 		}
 		defer done()
 		e.key = key
+		g.received(&e)
 		format, plain := formatOf(r.Header.Get("Content-Type")), false
 		if format == formatText {
 			e.pushed, plain = encodePlain(key, body, unixNano(e.at))
@@ -196,6 +199,7 @@ func (g *Gateway) ServeBatch(w http.ResponseWriter, r *http.Request) {
 			return err
 		}
 		defer done()
+		g.received(&template)
 		families, err := formatOf(r.Header.Get("Content-Type")).parse(body)
 		if err != nil {
 			return badRequest{fmt.Errorf("the body of the push: %w", err)}
@@ -223,7 +227,7 @@ func (g *Gateway) ServeBatch(w http.ResponseWriter, r *http.Request) {
 // editOf reads what the request says of its pushes beside the body.
 func (g *Gateway) editOf(r *http.Request) (e edit, err error) {
 	now := g.store.config.Now()
-	e.replace, e.at = r.Method == http.MethodPut, now
+	e.replace = r.Method == http.MethodPut
 	if e.ttl, err = durationOf(r, "ttl", HeaderTTL); err != nil {
 		return e, err
 	}
@@ -238,13 +242,21 @@ func (g *Gateway) editOf(r *http.Request) (e edit, err error) {
 		return e, err
 	}
 	if at != nil {
-		e.at = *at
+		e.at, e.dated = *at, true
 	}
 	if e.failed, err = timeOf(r.Header, HeaderFailureTime, now); err != nil {
 		return e, err
 	}
 	e.unless, err = timeOf(r.Header, HeaderUnlessPushedSince, now)
 	return e, err
+}
+
+// received sets the time of a push that doesn't tell its own: when all of it has
+// come.
+func (g *Gateway) received(e *edit) {
+	if !e.dated {
+		e.at = g.store.config.Now()
+	}
 }
 
 // refuseOwn refuses families that are, or may become, the server's own.

@@ -10,7 +10,6 @@ import (
 
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/model"
-	"google.golang.org/protobuf/proto"
 )
 
 // Lifetime says how long a group lives, and how often it should be pushed.
@@ -168,21 +167,41 @@ func (s *Store) renewLifetimes() {
 	}
 }
 
+// generated is a gauge that the gateway itself has for each group.
+type generated struct {
+	name, help string
+	value      float64
+}
+
 // generate makes the families that every group has, sorted by name.
 func generate(key Key, st state) []prepared {
-	var generated []prepared
+	gauges := make([]generated, 0, 3)
 	if !st.expired {
-		generated = append(generated, gauge(key, failureTimeName, "Last Unix time when changing this group in the Pushgateway failed.", seconds(st.failed)))
+		gauges = append(gauges, generated{failureTimeName, "Last Unix time when changing this group in the Pushgateway failed.", seconds(st.failed)})
 	}
-	generated = append(generated, gauge(key, pushTimeName, "Last Unix time when changing this group in the Pushgateway succeeded.", seconds(st.pushed)))
+	gauges = append(gauges, generated{pushTimeName, "Last Unix time when changing this group in the Pushgateway succeeded.", seconds(st.pushed)})
 	if st.life.Interval > 0 {
 		up := 0.0
 		if st.up {
 			up = 1
 		}
-		generated = append(generated, gauge(key, pushUpName, "1 while the last good push of the group is younger than its interval and a grace of 10 %, at least 1 min, else 0.", up))
+		gauges = append(gauges, generated{pushUpName, "1 while the last good push of the group is younger than its interval and a grace of 10 %, at least 1 min, else 0.", up})
 	}
-	return generated
+	if families, plain := encodeGauges(key, gauges); plain {
+		return families
+	}
+	families := make([]prepared, len(gauges))
+	for i, g := range gauges {
+		var err error
+		families[i], err = prepareFamily(key, key.forced(), &dto.MetricFamily{
+			Name: &g.name, Help: &g.help, Type: dto.MetricType_GAUGE.Enum(),
+			Metric: []*dto.Metric{{Gauge: &dto.Gauge{Value: &g.value}}},
+		}, 0)
+		if err != nil {
+			panic(err) // the key was checked
+		}
+	}
+	return families
 }
 
 // withoutGenerated returns the pushed families of an image.
@@ -202,17 +221,6 @@ func unixNano(t time.Time) int64 {
 		return 0
 	}
 	return t.UnixNano()
-}
-
-func gauge(key Key, name, help string, value float64) prepared {
-	p, err := prepareFamily(key, key.forced(), &dto.MetricFamily{
-		Name: &name, Help: &help, Type: dto.MetricType_GAUGE.Enum(),
-		Metric: []*dto.Metric{{Gauge: &dto.Gauge{Value: proto.Float64(value)}}},
-	}, 0)
-	if err != nil {
-		panic(err) // the key was checked
-	}
-	return p
 }
 
 // durationOf reads a duration from the query, else from the header; nil where

@@ -80,8 +80,7 @@ type pushedFamilies struct {
 func prepare(key Key, families []*dto.MetricFamily, now int64) (out pushedFamilies, reasons []string) {
 	forced := key.forced()
 	for _, f := range families {
-		switch f.GetName() {
-		case pushTimeName, failureTimeName, pushUpName:
+		if isGenerated(f.GetName()) {
 			continue
 		}
 		p, err := prepareFamily(key, forced, f, now)

@@ -51,6 +51,12 @@ func (s *Server) routes() (err error) {
 	r.Get("/-/ready", s.serveReady)
 	r.Post("/-/reload", s.serveReload)
 	r.Put("/-/reload", s.serveReload)
+	const quitMethods = "OPTIONS, POST, PUT"
+	r.Options("/-/quit", func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Allow", quitMethods) })
+	r.Get("/-/quit", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Allow", quitMethods)
+		http.Error(w, "use POST or PUT to stop the proxy", http.StatusMethodNotAllowed)
+	})
 	r.Post("/-/quit", s.serveQuit)
 	r.Put("/-/quit", s.serveQuit)
 	r.Get("/", s.servePage)

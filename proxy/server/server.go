@@ -398,8 +398,9 @@ const timeoutHeader = "X-Prometheus-Scrape-Timeout-Seconds"
 // to origin form: served, it would pass the proxy's own metrics off as the
 // target's.
 func (s *Server) misdirected(r *http.Request) *protocol.Refusal {
-	if strings.HasPrefix(r.URL.Path, s.config.RoutePrefix+"/metrics/job") && r.Method != http.MethodGet && r.Method != http.MethodHead {
-		return nil // a push
+	if path := strings.TrimPrefix(r.URL.Path, s.config.RoutePrefix); r.Method != http.MethodGet && r.Method != http.MethodHead &&
+		(strings.HasPrefix(path, "/metrics/job") || path == "/api/v1/push") {
+		return nil // a push: scrapes only read
 	}
 	scrape := r.Header.Get(timeoutHeader) != ""
 	metricsPath := r.URL.Path == "/metrics" || r.URL.Path == s.config.RoutePrefix+s.config.TelemetryPath
