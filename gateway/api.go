@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bufio"
 	"encoding/json"
 	"net/http"
 	"slices"
@@ -33,19 +34,33 @@ type apiSeries struct {
 	Sum     string `json:"sum,omitempty"`
 }
 
-// ServeQuery answers GET /api/v1/metrics: all groups with their series.
+// ServeQuery answers GET /api/v1/metrics: all groups with their series. They are
+// written one by one: as Go values all of them would take many times the store.
 func (g *Gateway) ServeQuery(w http.ResponseWriter, r *http.Request) {
-	groups := []map[string]any{}
-	for _, grp := range g.store.snapshot() {
+	SetAPIHeaders(w.Header())
+	w.Header().Set("Content-Type", "application/json")
+	out := bufio.NewWriterSize(w, 64<<10)
+	out.WriteString(`{"status":"success","data":[`)
+	for i, grp := range g.store.snapshot() {
 		group, err := apiGroup(grp)
-		if err != nil {
-			g.store.config.Logger.Error("A group can't be read", "group", grp.key, "err", err)
-			http.Error(w, err.Error(), http.StatusInternalServerError)
-			return
+		var text []byte
+		if err == nil {
+			text, err = json.Marshal(group)
 		}
-		groups = append(groups, group)
+		if err != nil {
+			// The status is out: what is written must not pass for the whole.
+			g.store.config.Logger.Error("A group can't be read", "group", grp.key, "err", err)
+			panic(http.ErrAbortHandler)
+		}
+		if i > 0 {
+			out.WriteByte(',')
+		}
+		if _, err := out.Write(text); err != nil {
+			return // the reader went away
+		}
 	}
-	WriteAPI(w, groups)
+	out.WriteString("]}")
+	out.Flush()
 }
 
 // WriteAPI writes data in the envelope of the Pushgateway's API, with its headers.
