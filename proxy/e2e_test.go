@@ -70,7 +70,7 @@ var programs = sync.OnceValue(func() (err error) {
 
 // process is a child process with its log.
 type process struct {
-	t      *testing.T
+	t      testing.TB
 	name   string
 	cmd    *exec.Cmd
 	exited chan struct{} // closed once it is gone
@@ -81,7 +81,7 @@ type process struct {
 
 // start starts a program, which is killed when the test ends; its log is shown
 // where the test failed.
-func start(t *testing.T, name, program string, args ...string) *process {
+func start(t testing.TB, name, program string, args ...string) *process {
 	t.Helper()
 	p := &process{t: t, name: name, cmd: exec.Command(program, args...), exited: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = p, p
@@ -180,7 +180,7 @@ type proxyProcess struct {
 
 // startProxy starts a proxy on a free port, with its state in memory and nothing
 // to settle, unless args say otherwise.
-func startProxy(t *testing.T, args ...string) *proxyProcess {
+func startProxy(t testing.TB, args ...string) *proxyProcess {
 	t.Helper()
 	if err := programs(); err != nil {
 		t.Fatal(err)
@@ -219,7 +219,7 @@ func startAgent(t *testing.T, proxyURL, name string, args ...string) *process {
 }
 
 // external returns the path of a program that is not ours.
-func external(t *testing.T, name string) string {
+func external(t testing.TB, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
 	if err != nil {
@@ -367,7 +367,7 @@ type answer struct {
 var direct = &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 
 // get fetches a URL without a proxy.
-func get(t *testing.T, u string) answer {
+func get(t testing.TB, u string) answer {
 	t.Helper()
 	a, err := fetch(direct, u, "")
 	if err != nil {
@@ -454,7 +454,7 @@ func (p *proxyProcess) agent(name string) (info agentInfo) {
 }
 
 // eventually calls f until it returns nil, and fails the test with its last error.
-func eventually(t *testing.T, within time.Duration, f func() error) {
+func eventually(t testing.TB, within time.Duration, f func() error) {
 	t.Helper()
 	if err := try(within, f); err != nil {
 		t.Fatal(err)
@@ -528,7 +528,7 @@ var lastPort atomic.Int32
 
 // fixedAddress returns a free address that stays free when its listener is gone
 // for a while: the kernel gives ports below 32768 to nobody who doesn't ask.
-func fixedAddress(t *testing.T) string {
+func fixedAddress(t testing.TB) string {
 	t.Helper()
 	for range 5000 {
 		address := fmt.Sprintf("127.0.0.1:%d", 20000+(os.Getpid()+int(lastPort.Add(1)))%12000)

@@ -1,0 +1,170 @@
+package main_test
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// pushStoreUnderTest is a push store that BenchmarkPushStores measures.
+type pushStoreUnderTest struct {
+	*process
+	name, url string
+	client    *http.Client
+	next      atomic.Int64
+}
+
+// push puts 50 series, one a metric, into one of the groups.
+func (s *pushStoreUnderTest) push(b *testing.B, groups int64) {
+	n := s.next.Add(1)
+	var body strings.Builder
+	for i := range 50 {
+		fmt.Fprintf(&body, "# TYPE bench_metric_%02d gauge\nbench_metric_%02d{kind=\"value\"} %d\n", i, i, n)
+	}
+	// Steps of a prime go through all groups.
+	u := fmt.Sprintf("%s/metrics/job/bench/instance/host-%06d", s.url, n*7919%groups)
+	req, err := http.NewRequest(http.MethodPut, u, strings.NewReader(body.String()))
+	if err != nil {
+		b.Error(err)
+		return
+	}
+	resp, err := s.client.Do(req)
+	if err != nil {
+		b.Error(err)
+		return
+	}
+	io.Copy(io.Discard, resp.Body)
+	resp.Body.Close()
+	if resp.StatusCode/100 != 2 {
+		b.Errorf("%s: %s", s.name, resp.Status)
+	}
+}
+
+// pushes has 8 clients push n times, and returns how many pushes a second went.
+func (s *pushStoreUnderTest) pushes(b *testing.B, n, groups int64) float64 {
+	start := time.Now()
+	var left atomic.Int64
+	left.Store(n)
+	var clients sync.WaitGroup
+	for range 8 {
+		clients.Go(func() {
+			for left.Add(-1) >= 0 && !b.Failed() {
+				s.push(b, groups)
+			}
+		})
+	}
+	clients.Wait()
+	return float64(n) / time.Since(start).Seconds()
+}
+
+// scrape returns how long a scrape takes, gzip included.
+func (s *pushStoreUnderTest) scrape(b *testing.B) time.Duration {
+	req, err := http.NewRequest(http.MethodGet, s.url+"/metrics", nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	req.Header.Set("Accept-Encoding", "gzip") // so that it is not unpacked here
+	start := time.Now()
+	resp, err := s.client.Do(req)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.Header.Get("Content-Encoding") != "gzip" {
+		b.Fatalf("%s: %v, Content-Encoding %q", s.name, err, resp.Header.Get("Content-Encoding"))
+	}
+	return time.Since(start)
+}
+
+// resident returns the resident memory in MB.
+func (s *pushStoreUnderTest) resident(b *testing.B) float64 {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
+	if err != nil {
+		b.Skip(err)
+	}
+	var kB float64
+	_, rest, _ := strings.Cut(string(text), "VmRSS:")
+	fmt.Sscan(rest, &kB)
+	return kB / 1000
+}
+
+// BenchmarkPushStores compares culvert-proxy, which stores every push on disk before
+// it answers, with Debian's Pushgateway, which keeps them in memory here and has its
+// consistency check off. Rounds of the two alternate. The ratios are better the
+// larger they are, but for memory.
+func BenchmarkPushStores(b *testing.B) {
+	gatewayAddress := fixedAddress(b)
+	gateway := &pushStoreUnderTest{name: "pushgateway", url: "http://" + gatewayAddress, process: start(b, "prometheus-pushgateway",
+		external(b, "prometheus-pushgateway"), "--persistence.file=", "--push.disable-consistency-check", "--web.listen-address="+gatewayAddress)}
+	gateway.awaitLog("[Ll]istening on|listen_address")
+	proxy := startProxy(b, "--storage.path="+b.TempDir(), "--log.level=info")
+	culvert := &pushStoreUnderTest{name: "culvert", url: proxy.url, process: proxy.process}
+	both := []*pushStoreUnderTest{culvert, gateway}
+	for _, s := range both {
+		s.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 16}}
+		defer s.client.CloseIdleConnections()
+	}
+	const perRound = 2000
+	rates := map[string]float64{}
+	for _, groups := range []int64{100, 10_000} {
+		b.Run(fmt.Sprintf("pushes/groups=%d", groups), func(b *testing.B) {
+			for _, s := range both {
+				s.pushes(b, groups, groups)
+			}
+			b.ResetTimer()
+			rate := map[string]float64{}
+			for range b.N {
+				for _, s := range both {
+					rate[s.name] += s.pushes(b, perRound, groups) / float64(b.N)
+				}
+			}
+			b.ReportMetric(rate["culvert"], "pushes/s")
+			b.ReportMetric(rate["culvert"]/rate["pushgateway"], "x-pushgateway")
+			if groups > 100 {
+				b.ReportMetric(rate["culvert"]/rates["culvert"], "x-100-groups")
+			}
+			rates["culvert"] = rate["culvert"]
+		})
+	}
+	b.Run("scrape/groups=10000", func(b *testing.B) {
+		took := map[string]time.Duration{}
+		for range b.N {
+			for _, s := range both {
+				took[s.name] += s.scrape(b)
+			}
+		}
+		b.ReportMetric(took["culvert"].Seconds()/float64(b.N)*1000, "ms/scrape")
+		b.ReportMetric(float64(took["pushgateway"])/float64(took["culvert"]), "x-pushgateway")
+		b.ReportMetric(culvert.resident(b), "MB-resident")
+		b.ReportMetric(culvert.resident(b)/gateway.resident(b), "of-pushgateway's-memory")
+	})
+	b.Run("pushes-while-scraped/groups=10000", func(b *testing.B) {
+		var rate, quiet float64
+		for range b.N {
+			quiet += culvert.pushes(b, perRound, 10_000)
+			stop := make(chan struct{})
+			var scraper sync.WaitGroup
+			scraper.Go(func() {
+				for {
+					select {
+					case <-stop:
+						return
+					default:
+						culvert.scrape(b)
+					}
+				}
+			})
+			rate += culvert.pushes(b, perRound, 10_000)
+			close(stop)
+			scraper.Wait()
+		}
+		b.ReportMetric(rate/float64(b.N), "pushes/s")
+		b.ReportMetric(rate/quiet, "x-not-scraped")
+	})
+}
