@@ -1139,7 +1139,9 @@ func FuzzAggregate(f *testing.F) {
 				t.Fatalf("type %s, %d series, want %s, %d; or they are not sorted:\n%v", merged.GetType(), len(merged.Metric), old.GetType(), len(series), merged)
 			}
 			// It is encoded as text and as protobuf there.
-			if merged, err = stored(merged); err != nil {
+			if merged, err = stored(merged); err != nil && strings.Contains(err.Error(), "already seen where UTF-8 names are escaped") {
+				return nil, err // two labels of different names that read the same
+			} else if err != nil {
 				t.Fatalf("%v, in the sum of\n%v\nand\n%v", err, before, again)
 			}
 			return merged, nil

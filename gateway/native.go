@@ -74,6 +74,10 @@ func checkHistogram(h *dto.Histogram) error {
 	if schema := h.GetSchema(); schema < minNativeSchema || schema > maxNativeSchema {
 		return fmt.Errorf("the native histogram has the schema %d; %d to %d are allowed", schema, minNativeSchema, maxNativeSchema)
 	}
+	// Whichever of the counts is read: an integer histogram may have these beside it.
+	if c, z := h.GetSampleCountFloat(), h.GetZeroCountFloat(); !(c >= 0) || !(z >= 0) {
+		return fmt.Errorf("the native histogram has a count of %v and a zero count of %v, which must be 0 or more", c, z)
+	}
 	// Prometheus's arithmetic never ends with the first, and panics where indexes are
 	// far apart.
 	if z := h.GetZeroThreshold(); !(z >= 0 && z <= math.MaxFloat64) {
