@@ -19,7 +19,8 @@ import (
 // Backend keeps groups. The store calls it from one goroutine at a time.
 type Backend interface {
 	// Load calls f for each stored group, in any order, before anything else is
-	// called. It stops at the first error and returns it.
+	// called. It stops at the first error and returns it. Where it could read all of
+	// them and Apply can't write, it returns ErrReadOnly, wrapped.
 	Load(f func(Record) error) error
 	// Apply stores changes of different groups, all of them or none. When it
 	// returns nil they survive the end of the process. The records' bytes must not

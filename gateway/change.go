@@ -19,6 +19,11 @@ type change struct {
 	reply     chan error // buffered
 }
 
+// pushes reports whether the change brings anything.
+func (c *change) pushes() bool {
+	return slices.ContainsFunc(c.edits, func(e edit) bool { return !e.delete })
+}
+
 // edit is a push to a group, or its deletion.
 type edit struct {
 	key       Key

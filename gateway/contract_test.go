@@ -956,21 +956,26 @@ func TestWeakPoints(t *testing.T) {
 		"PUT": {"PUT", "/j"}, "POST": {"POST", "/j"}, "PUT of a new group": {"PUT", "/new"}, "DELETE": {"DELETE", "/j"},
 	} {
 		t.Run("W10 a write that fails changes nothing: "+name, func(t *testing.T) {
-			backend := newStored()
-			s := start(t, gateway.StoreConfig{}, backend)
-			s.want(200, "PUT", "/j", "m 1\nn 1\n")
-			before := s.samples(true)
-			backend.fails.Store(true)
-			w := s.do(c.method, c.path, "m 2\n")
-			if w.Code != 503 || w.Header().Get("Retry-After") == "" || !strings.Contains(w.Body.String(), "disk full") {
-				t.Errorf("got %d %v %s", w.Code, w.Header(), w.Body)
-			}
-			if after := s.samples(true); after != before {
-				t.Errorf("the series changed from\n%s\nto\n%s", before, after)
-			}
-			backend.fails.Store(false)
-			s.want(200, "POST", "/j", "m 2\n")
-			s.expect(`m{instance="",job="j"} 2`, `n{instance="",job="j"} 1`)
+			synctest.Test(t, func(t *testing.T) {
+				backend := newStored()
+				s := start(t, gateway.StoreConfig{}, backend)
+				s.want(200, "PUT", "/j", "m 1\nn 1\n")
+				before := s.samples(true)
+				backend.fails.Store(true)
+				for range 2 { // the second is refused without a try
+					w := s.do(c.method, c.path, "m 2\n")
+					if w.Code != 503 || w.Header().Get("Retry-After") == "" || !strings.Contains(w.Body.String(), "disk full") {
+						t.Errorf("got %d %v %s", w.Code, w.Header(), w.Body)
+					}
+					if after := s.samples(true); after != before {
+						t.Errorf("the series changed from\n%s\nto\n%s", before, after)
+					}
+				}
+				backend.fails.Store(false)
+				time.Sleep(6 * time.Second) // until the store has tried
+				s.want(200, "POST", "/j", "m 2\n")
+				s.expect(`m{instance="",job="j"} 2`, `n{instance="",job="j"} 1`)
+			})
 		})
 	}
 	t.Run("W10 failed writes are told until they are over", func(t *testing.T) {

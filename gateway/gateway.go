@@ -180,6 +180,26 @@ func (g *Gateway) ServeWipe(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
+// ServeDeleteMatching deletes the groups whose key match takes, or, dry, tells which
+// they are.
+func (g *Gateway) ServeDeleteMatching(w http.ResponseWriter, r *http.Request, match func(Key) bool, dry bool) {
+	g.answer(w, "delete_matching", http.StatusOK, func() error {
+		keys, err := g.store.Delete(r.Context(), match, dry)
+		if err != nil {
+			return err
+		}
+		groups := make([]map[string]string, len(keys))
+		for i, key := range keys {
+			groups[i] = key.Map()
+		}
+		if !dry {
+			g.store.config.Logger.Info("Groups deleted on request", "groups", len(keys), "match", r.URL.Query()["match[]"], "from", r.RemoteAddr)
+		}
+		WriteAPI(w, map[string]any{"dry_run": dry, "groups": groups})
+		return nil
+	})
+}
+
 // ServeBatch answers a push to many groups at once, POST or PUT with
 // ?group_by=job,instance: the grouping keys are read from the labels of the series
 // themselves; a label that a series lacks, or has empty, is not part of its key.

@@ -23,7 +23,7 @@ func newMetrics(registerer prometheus.Registerer, s *Store) *metrics {
 	m := &metrics{
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "push_requests_total",
-			Help: "Requests that change the push store, by handler (push, batch, delete, wipe) and status code. A rise of 400 means that jobs push what can't be taken, of 503 that the store can't write.",
+			Help: "Requests that change the push store, by handler (push, batch, delete, delete_matching, wipe) and status code. A rise of 400 means that jobs push what can't be taken, of 503 that the store can't write.",
 		}, []string{"handler", "code"}),
 		duration: prometheus.NewHistogramVec(native(prometheus.HistogramOpts{
 			Name:    "push_request_duration_seconds",

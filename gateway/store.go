@@ -19,6 +19,8 @@ import (
 var (
 	// ErrUnavailable wraps why a change could not be stored. Nothing was changed.
 	ErrUnavailable = errors.New("the push store can't write")
+	// ErrReadOnly wraps why a backend can be read and not written.
+	ErrReadOnly = errors.New("it can't be written")
 	// ErrBusy: the change waited too long for its turn.
 	ErrBusy = errors.New("the push store is busy")
 	// ErrTooManyGroups: the group would be one more than StoreConfig.MaxGroups.
@@ -153,7 +155,9 @@ func OpenStore(config StoreConfig, backend Backend) (*Store, error) {
 		s.schedule(g)
 		return nil
 	})
-	if err != nil {
+	if errors.Is(err, ErrReadOnly) {
+		s.wrote(err)
+	} else if err != nil {
 		return nil, fmt.Errorf("load the push store: %w", err)
 	}
 	s.expire()
@@ -178,8 +182,8 @@ func (s *Store) Run(ctx context.Context) error {
 			s.apply(s.collect(c))
 		case <-timer.C:
 			s.expire()
-			if s.Err() != nil {
-				s.wrote(s.backend.Probe())
+			if s.failure.Load() != nil {
+				s.probe()
 			}
 		case <-ctx.Done():
 			for {
@@ -197,7 +201,7 @@ func (s *Store) Run(ctx context.Context) error {
 
 func (s *Store) untilTimer() time.Duration {
 	wait := time.Hour
-	if s.Err() != nil {
+	if s.failure.Load() != nil {
 		wait = probeEvery
 	}
 	if len(s.deadlines) > 0 {
@@ -219,19 +223,27 @@ func (s *Store) Err() error {
 	return nil
 }
 
-// wrote notes how a write ended.
+// wrote notes how a write ended. One that succeeds does not end a failure: on a
+// disk that is nearly full a deletion may, where pushes fail.
 func (s *Store) wrote(err error) {
-	if err != nil {
-		s.stats.failedWrites.Add(1)
-		if s.failure.Swap(&err) == nil {
-			s.config.Logger.Error("The push store can't write: pushes are refused until it can", "err", err)
-		}
+	if err == nil {
+		s.stats.writes.Add(1)
 		return
 	}
-	s.stats.writes.Add(1)
-	if s.failure.Swap(nil) != nil {
-		s.config.Logger.Info("The push store can write again")
+	s.stats.failedWrites.Add(1)
+	if s.failure.Swap(&err) == nil {
+		s.config.Logger.Error("The push store can't write: pushes are refused until it can", "err", err)
 	}
+}
+
+// probe tries whether the store can write again.
+func (s *Store) probe() {
+	if err := s.backend.Probe(); err != nil {
+		s.wrote(err)
+		return
+	}
+	s.failure.Store(nil)
+	s.config.Logger.Info("The push store can write again")
 }
 
 // collect takes what else waits.
@@ -290,8 +302,13 @@ type step struct {
 func (s *Store) apply(batch []*change) {
 	var steps []step
 	results := make([]error, len(batch))
+	failure := s.failure.Load()
 	s.mu.Lock()
 	for i, c := range batch {
+		if failure != nil && c.pushes() {
+			results[i] = fmt.Errorf("%w: %w", ErrUnavailable, *failure)
+			continue
+		}
 		var made []step
 		made, results[i] = s.make(c)
 		steps = append(steps, made...)

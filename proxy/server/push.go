@@ -217,24 +217,9 @@ func (s *Server) deleteGroups(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
-	store := s.push.current()
-	if store == nil {
-		s.push.with(nil)(w, r)
-		return
-	}
-	keys, err := store.Delete(r.Context(), func(key gateway.Key) bool {
-		return wanted.match(func(name string) string { value, _ := key.Get(name); return value })
-	}, dry == "true")
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusServiceUnavailable)
-		return
-	}
-	groups := make([]map[string]string, len(keys))
-	for i, key := range keys {
-		groups[i] = key.Map()
-	}
-	if dry != "true" {
-		s.logger.Info("Groups deleted on request", "groups", len(keys), "match", query["match[]"], "from", r.RemoteAddr)
-	}
-	gateway.WriteAPI(w, map[string]any{"dry_run": dry == "true", "groups": groups})
+	s.push.with(func(g *gateway.Gateway, w http.ResponseWriter, r *http.Request) {
+		g.ServeDeleteMatching(w, r, func(key gateway.Key) bool {
+			return wanted.match(func(name string) string { value, _ := key.Get(name); return value })
+		}, dry == "true")
+	})(w, r)
 }

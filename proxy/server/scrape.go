@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -89,7 +88,7 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 	proxy := httputil.ReverseProxy{
 		Transport:  sc,
 		BufferPool: protocol.Buffers,
-		ErrorLog:   slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug),
+		ErrorLog:   errorLog(s.logger),
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			// The opaque URL goes out as it came in, in absolute form.
 			pr.Out.URL = &url.URL{Scheme: "http", Host: "agent", Opaque: sc.target}

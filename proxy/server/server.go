@@ -170,7 +170,7 @@ func New(config Config) (*Server, error) {
 		Handler:           http.HandlerFunc(s.serveAgent),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       time.Minute,
-		ErrorLog:          slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug),
+		ErrorLog:          errorLog(s.logger),
 		BaseContext: func(l net.Listener) context.Context {
 			return context.WithValue(context.Background(), connKey{}, l.(*sessionListener).conn)
 		},

@@ -1,10 +1,12 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -59,7 +61,7 @@ func (s *Server) listen(purpose string, addresses []string, webConfig string, ha
 			ReadHeaderTimeout: 10 * time.Second,
 			IdleTimeout:       10 * time.Minute,
 			MaxHeaderBytes:    64 << 10,
-			ErrorLog:          slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug),
+			ErrorLog:          errorLog(s.logger),
 			ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 				return context.WithValue(ctx, rawConnKey{}, c)
 			},
@@ -133,4 +135,21 @@ func decorate(next http.Handler, config *web.Config) http.Handler {
 		}
 		next.ServeHTTP(w, r)
 	})
+}
+
+// errorLog returns a logger for net/http. What a client did wrong is no news; a
+// handler that panicked is.
+func errorLog(logger *slog.Logger) *log.Logger {
+	return log.New(errorWriter{logger}, "", 0)
+}
+
+type errorWriter struct{ logger *slog.Logger }
+
+func (w errorWriter) Write(line []byte) (int, error) {
+	level := slog.LevelDebug
+	if bytes.HasPrefix(line, []byte("http: panic")) {
+		level = slog.LevelError
+	}
+	w.logger.Log(context.Background(), level, string(bytes.TrimSpace(line)))
+	return len(line), nil
 }
