@@ -9,11 +9,11 @@ import (
 )
 
 // The push store makes a large heap that hardly changes and has few pointers, so
-// collecting it often costs little: a third of the default headroom does. A small
+// collecting it often costs little: less than half of the default headroom does. A small
 // heap keeps the default, or the collector would never rest.
 const (
 	largeHeap        = 64 << 20 // bytes alive
-	largeHeapPercent = 30
+	largeHeapPercent = 40
 	heapCheckEvery   = 2 * time.Second
 )
 

@@ -3,6 +3,7 @@ package boltstore
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -76,7 +77,8 @@ func OpenDB(path string, read func(*bolt.DB) error) (db *bolt.DB, err error) {
 var groupsBucket = []byte("groups")
 
 // Store is a gateway.Backend in a bbolt file: one record a group, in the bucket
-// "groups", under the key's ID. The bucket's sequence is the number of records.
+// "groups", under a hash of the key's ID. The bucket's sequence is the number of
+// records.
 type Store struct {
 	path    string
 	db      *bolt.DB         // nil where err isn't
@@ -85,6 +87,13 @@ type Store struct {
 	// err is why nothing can be written: the file can't, or turned out damaged.
 	err     error
 	damaged bool
+}
+
+// keyOf returns where a group's record stands. IDs are long: as keys they would make
+// the tree deeper, and each commit writes all pages on its way down.
+func keyOf(id string) []byte {
+	sum := sha256.Sum256([]byte(id))
+	return sum[:16]
 }
 
 // Open opens or creates the file and reads all of it. A file that can be read but
@@ -151,17 +160,17 @@ func (s *Store) readGroups(tx *bolt.Tx) error {
 	if info, err := os.Stat(s.path); err != nil || info.Size() < tx.Size() {
 		return errors.Join(err, fmt.Errorf("the file was cut short: it should have at least %d bytes", tx.Size()))
 	}
-	var ids, values [][]byte
-	err := b.ForEach(func(id, value []byte) error {
+	var keys, values [][]byte
+	err := b.ForEach(func(key, value []byte) error {
 		// What faults or panics has to do so here, where it is recovered from.
-		ids, values = append(ids, bytes.Clone(id)), append(values, bytes.Clone(value))
+		keys, values = append(keys, bytes.Clone(key)), append(values, bytes.Clone(value))
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	if n := b.Sequence(); n != uint64(len(ids)) {
-		return fmt.Errorf("there are %d groups, and there should be %d", len(ids), n)
+	if n := b.Sequence(); n != uint64(len(keys)) {
+		return fmt.Errorf("there are %d groups, and there should be %d", len(keys), n)
 	}
 	var problem error
 	for p := range tx.Check() { // to its end: who checks waits for its reader
@@ -172,18 +181,18 @@ func (s *Store) readGroups(tx *bolt.Tx) error {
 	if problem != nil {
 		return problem
 	}
-	s.records = make([]gateway.Record, len(ids))
+	s.records = make([]gateway.Record, len(keys))
 	var all errgroup.Group
 	all.SetLimit(runtime.GOMAXPROCS(0))
 	for part := range slices.Chunk(s.records, 256) {
-		partIDs, partValues := ids[:len(part)], values[:len(part)]
-		ids, values = ids[len(part):], values[len(part):]
+		partKeys, partValues := keys[:len(part)], values[:len(part)]
+		keys, values = keys[len(part):], values[len(part):]
 		all.Go(func() error {
 			for i := range part {
 				if err := part[i].UnmarshalBinary(partValues[i]); err != nil {
 					return err
 				}
-				if part[i].Key.ID() != string(partIDs[i]) {
+				if !bytes.Equal(keyOf(part[i].Key.ID()), partKeys[i]) {
 					return fmt.Errorf("the record of the group %s stands under another key", part[i].Key)
 				}
 			}
@@ -214,9 +223,10 @@ func (s *Store) Apply(changes []gateway.Change) error {
 		b := tx.Bucket(groupsBucket)
 		n := b.Sequence()
 		for _, c := range changes {
-			exists := b.Get([]byte(c.ID)) != nil
+			key := keyOf(c.ID)
+			exists := b.Get(key) != nil
 			if c.Record == nil {
-				if err := b.Delete([]byte(c.ID)); err != nil {
+				if err := b.Delete(key); err != nil {
 					return err
 				}
 				if exists {
@@ -228,7 +238,7 @@ func (s *Store) Apply(changes []gateway.Change) error {
 			if err != nil {
 				return err
 			}
-			if err := b.Put([]byte(c.ID), value); err != nil {
+			if err := b.Put(key, value); err != nil {
 				return err
 			}
 			if !exists {
