@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -80,7 +81,10 @@ type pushedFamilies struct {
 func prepare(key Key, families []*dto.MetricFamily, now int64) (out pushedFamilies, reasons []string) {
 	forced := key.forced()
 	for _, f := range families {
-		if isGenerated(f.GetName()) {
+		if isGenerated(f.GetName()) { // it is overridden; what it says of its times counts
+			if slices.ContainsFunc(f.Metric, func(m *dto.Metric) bool { return m.TimestampMs != nil }) {
+				reasons = append(reasons, noTimestamps(f.GetName()))
+			}
 			continue
 		}
 		p, err := prepareFamily(key, forced, f, now)
@@ -96,6 +100,10 @@ func prepare(key Key, families []*dto.MetricFamily, now int64) (out pushedFamili
 	return out, reasons
 }
 
+func noTimestamps(name string) string {
+	return fmt.Sprintf("metric %q: timestamps are not allowed; the time of a push is in %s", name, pushTimeName)
+}
+
 func prepareFamily(key Key, forced []*dto.LabelPair, f *dto.MetricFamily, now int64) (p prepared, err error) {
 	name := f.GetName()
 	if name == "" || !utf8.ValidString(name) {
@@ -107,7 +115,7 @@ func prepareFamily(key Key, forced []*dto.LabelPair, f *dto.MetricFamily, now in
 	m := meta{name: name, help: f.GetHelp(), unit: f.GetUnit(), kind: f.GetType(), foreign: !model.LegacyValidation.IsValidMetricName(name)}
 	for _, series := range f.Metric {
 		if series.TimestampMs != nil {
-			return p, fmt.Errorf("metric %q: timestamps are not allowed; the time of a push is in %s", name, pushTimeName)
+			return p, errors.New(noTimestamps(name))
 		}
 		if !onlyValue(series, m.kind) {
 			return p, fmt.Errorf("metric %q: a series is not of the family's type %s", name, typeName(m.kind))
