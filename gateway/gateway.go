@@ -7,6 +7,7 @@ package gateway
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"os"
 	"runtime"
@@ -313,7 +314,10 @@ func (g *Gateway) ServeMetrics(w http.ResponseWriter, r *http.Request) {
 }
 
 // ServeOwn answers a scrape where there is no store: with the server's own metrics.
-func ServeOwn(w http.ResponseWriter, r *http.Request, own *Own) {
-	families, _ := own.gather()
-	expose(w, r, map[string]*view{}, families, nil)
+func ServeOwn(w http.ResponseWriter, r *http.Request, own *Own, logger *slog.Logger) {
+	families, err := own.gather()
+	if err != nil {
+		logger.Error("The server's own metrics are not complete", "err", err)
+	}
+	expose(w, r, map[string]*view{}, families, logger)
 }

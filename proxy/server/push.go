@@ -182,7 +182,7 @@ func (s *Server) pathOf(serve func(*gateway.Gateway, http.ResponseWriter, *http.
 func (s *Server) serveMetrics(w http.ResponseWriter, r *http.Request) {
 	only := r.URL.Query().Get("only")
 	if s.push.gateway.Load() == nil && only != "groups" {
-		gateway.ServeOwn(w, r, s.push.own)
+		gateway.ServeOwn(w, r, s.push.own, s.logger)
 		return
 	}
 	s.push.with((*gateway.Gateway).ServeMetrics)(w, r)
