@@ -213,8 +213,9 @@ func isGenerated(name string) bool {
 	return name == pushTimeName || name == failureTimeName || name == pushUpName
 }
 
-// seconds returns Unix nanoseconds in seconds. All at once it would be rounded twice.
-func seconds(nanos int64) float64 { return float64(nanos/1e9) + float64(nanos%1e9)/1e9 }
+// seconds returns Unix nanoseconds in seconds, rounded as the Pushgateway does: a
+// group that moves here keeps its values.
+func seconds(nanos int64) float64 { return float64(nanos) / 1e9 }
 
 // unixNano returns 0 for the zero time.
 func unixNano(t time.Time) int64 {

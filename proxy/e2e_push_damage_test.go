@@ -43,7 +43,7 @@ func TestPushDamaged(t *testing.T) {
 	// All of them at once: it takes seconds until a store tries again.
 	for name, content := range map[string][]byte{
 		"garbage":                   garbage,
-		"cut in half":               whole[:len(whole)/2],
+		"cut to a quarter":          whole[:len(whole)/4],
 		"cut to a byte":             whole[:1],
 		"a bit of a record flipped": flipped(value),
 		"a bit of a key flipped":    flipped(key),
