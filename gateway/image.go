@@ -85,16 +85,36 @@ func (im *image) protoOf(b *block) []byte {
 	return im.data[from : from+b.proto : from+b.proto]
 }
 
-// hasSame reports whether the image has the family with the same type, HELP and
-// series.
-func (im *image) hasSame(p prepared) bool {
-	b := im.find(p.name())
-	if b == nil || b.meta != p.meta || int(b.series) != len(p.series) {
+// sameFamilies reports whether two images have the same families, with the same
+// types and HELP.
+func (im *image) sameFamilies(other *image) bool {
+	return im != nil && slices.EqualFunc(im.blocks, other.blocks, func(a, b block) bool { return a.meta == b.meta })
+}
+
+// same reports which of some families, sorted by name, the image has with the same
+// type, HELP and series.
+func (im *image) same(families []prepared) []bool {
+	same := make([]bool, len(families))
+	if im == nil {
+		return same
+	}
+	blocks := im.blocks
+	for i, p := range families {
+		for len(blocks) > 0 && blocks[0].meta != p.meta && blocks[0].name() < p.name() {
+			blocks = blocks[1:]
+		}
+		same[i] = len(blocks) > 0 && blocks[0].meta == p.meta && im.hasSameSeries(&blocks[0], p.series)
+	}
+	return same
+}
+
+func (im *image) hasSameSeries(b *block, series []uint64) bool {
+	if int(b.series) != len(series) {
 		return false
 	}
 	i := 0
 	for h := range im.hashes(b) {
-		if h != p.series[i] {
+		if h != series[i] {
 			return false
 		}
 		i++

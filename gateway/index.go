@@ -75,6 +75,10 @@ func (x *index) install(g *group, next state) {
 		}
 	}
 	old := g.image
+	if x.differing == 0 && old.sameFamilies(next.image) {
+		g.state, x.images[g.slot] = next, next.image
+		return // what jobs do again and again: all entries are right as they are
+	}
 	if old != nil {
 		for i := range old.blocks {
 			if b := &old.blocks[i]; next.image.find(b.name()) == nil {
@@ -206,9 +210,6 @@ func (f *family) own() {
 // of the image before.
 func (x *index) putEntry(g *group, n int32, before *image) {
 	b := &g.image.blocks[n]
-	if before != nil && int(n) < len(before.blocks) && before.blocks[n].meta == b.meta && x.differing == 0 {
-		return // the entry is right as it is
-	}
 	m := b.meta.Value()
 	f := x.families[m.name]
 	if f == nil {
@@ -336,8 +337,9 @@ func (s *Store) inconsistencies(g *group, after, pushed []prepared) []string {
 		}
 		return "", 0, false
 	}
-	for _, p := range pushed {
-		if g.image.hasSame(p) {
+	known := g.image.same(pushed)
+	for i, p := range pushed {
+		if known[i] {
 			continue // all that it could clash with would have been refused
 		}
 		m := p.meta.Value()

@@ -8,39 +8,40 @@ import (
 	"time"
 )
 
-// The push store makes a large heap that hardly changes and has few pointers, so
-// collecting it often costs little: less than half of the default headroom does. A small
-// heap keeps the default, or the collector would never rest.
+// The collector's headroom, beside what is alive. The push store makes a large heap
+// that hardly changes and has few pointers: collecting it often costs little, so
+// less than half of the default does. A small heap gets more than the default, or
+// the collector would never rest.
 const (
-	largeHeap        = 64 << 20 // bytes alive
 	largeHeapPercent = 40
+	smallHeapPercent = 400
+	minHeadroom      = 24 << 20 // bytes
 	heapCheckEvery   = 2 * time.Second
 )
 
-// saveMemory lowers the collector's headroom while the heap is large, until ctx
-// ends. The environment variable GOGC switches it off.
+// saveMemory fits the collector's headroom to the heap until ctx ends. The
+// environment variable GOGC switches it off.
 func saveMemory(ctx context.Context) {
 	if os.Getenv("GOGC") != "" {
 		return
 	}
-	normal := debug.SetGCPercent(100)
-	defer debug.SetGCPercent(normal)
+	now := smallHeapPercent
+	before := debug.SetGCPercent(now)
+	defer debug.SetGCPercent(before)
 	live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
 	ticker := time.NewTicker(heapCheckEvery)
 	defer ticker.Stop()
-	for now := 100; ; {
+	for {
 		select {
 		case <-ticker.C:
 		case <-ctx.Done():
 			return
 		}
 		metrics.Read(live)
-		want := 100
-		// A gap between the two bounds, so that it does not go to and fro.
-		if bytes := live[0].Value.Uint64(); bytes > largeHeap || now != 100 && bytes > largeHeap/2 {
-			want = largeHeapPercent
-		}
-		if want != now {
+		want := int(minHeadroom * 100 / max(live[0].Value.Uint64(), 1))
+		want = min(max(want, largeHeapPercent), smallHeapPercent)
+		// Setting it starts a collection, so small steps are left.
+		if want*4 < now*3 || want*3 > now*4 {
 			now = want
 			debug.SetGCPercent(now)
 		}
