@@ -28,8 +28,7 @@ type textEncoder struct {
 	now    int64
 
 	families []plainFamily
-	seen     map[string]bool // names of families that are complete
-	text     []byte          // of all series
+	text     []byte // of all series
 	proto    []byte
 	series   []plainSeries
 	labels   []plainLabel // of all series
@@ -37,6 +36,7 @@ type textEncoder struct {
 
 	metas   map[string]unique.Handle[meta] // by type, name and HELP: see metaOf
 	scratch []byte
+	names   [][]byte
 }
 
 // forcedLabel is a label that every series has: of the grouping key, or instance.
@@ -62,7 +62,7 @@ type plainSeries struct {
 }
 
 var textEncoders = sync.Pool{New: func() any {
-	return &textEncoder{seen: map[string]bool{}, metas: map[string]unique.Handle[meta]{}}
+	return &textEncoder{metas: map[string]unique.Handle[meta]{}}
 }}
 
 // maxMetas bounds what an encoder remembers of families.
@@ -111,7 +111,6 @@ func (e *textEncoder) reset(key Key, now int64, size int) {
 	e.families, e.series, e.labels = e.families[:0], e.series[:0], e.labels[:0]
 	// The encodings outlive the encoder: the writer copies them into an image.
 	e.text, e.proto = make([]byte, 0, 2*size), make([]byte, 0, 2*size)
-	clear(e.seen)
 	if len(e.metas) > maxMetas {
 		clear(e.metas)
 	}
@@ -158,10 +157,6 @@ func (e *textEncoder) family(name []byte) *plainFamily {
 		if f := &e.families[n-1]; bytes.Equal(f.name, name) {
 			return f
 		}
-		e.seen[string(e.families[n-1].name)] = true
-	}
-	if e.seen[string(name)] {
-		return nil // it goes on after another: the slow way puts it together
 	}
 	e.families = append(e.families, plainFamily{name: name, kind: dto.MetricType_UNTYPED, series: len(e.series)})
 	return &e.families[len(e.families)-1]
@@ -176,7 +171,7 @@ func (e *textEncoder) comment(line []byte) bool {
 			return false
 		}
 		f := e.family(name)
-		if f == nil || f.hasType || len(e.series) > f.series {
+		if f.hasType || len(e.series) > f.series {
 			return false
 		}
 		f.hasType = true
@@ -196,7 +191,7 @@ func (e *textEncoder) comment(line []byte) bool {
 			return false
 		}
 		f := e.family(name)
-		if f == nil || f.hasHelp {
+		if f.hasHelp {
 			return false
 		}
 		f.help, f.hasHelp = help, true
@@ -220,9 +215,6 @@ func (e *textEncoder) sample(line []byte) bool {
 	}
 	line = line[end:]
 	f := e.family(name)
-	if f == nil {
-		return false
-	}
 	first := len(e.labels)
 	if len(line) > 0 && line[0] == '{' {
 		var ok bool
@@ -357,8 +349,12 @@ func appendFloat(b []byte, f float64) []byte {
 }
 
 // result puts the wanted families together, sorted by name, and their series in the order
-// of compareSeries. It returns false where a series stands twice.
+// of compareSeries. It returns false where a series stands twice, or a family goes on
+// after another.
 func (e *textEncoder) result(want func(name string) bool) (out pushedFamilies, ok bool) {
+	if e.interleaved() {
+		return out, false // the slow way puts them together
+	}
 	hashes := make([]uint64, len(e.series))
 	out.families = make([]prepared, 0, len(e.families))
 	for i := range e.families {
@@ -384,6 +380,21 @@ func (e *textEncoder) result(want func(name string) bool) (out pushedFamilies, o
 	}
 	slices.SortFunc(out.families, func(a, b prepared) int { return strings.Compare(a.name(), b.name()) })
 	return out, true
+}
+
+// interleaved reports whether a family goes on after another one.
+func (e *textEncoder) interleaved() bool {
+	e.names = e.names[:0]
+	for i := range e.families {
+		e.names = append(e.names, e.families[i].name)
+	}
+	slices.SortFunc(e.names, bytes.Compare)
+	for i := 1; i < len(e.names); i++ {
+		if bytes.Equal(e.names[i-1], e.names[i]) {
+			return true
+		}
+	}
+	return false
 }
 
 // start returns where the encodings and the labels of the n-th series start.

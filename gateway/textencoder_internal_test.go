@@ -1,9 +1,12 @@
 package gateway
 
 import (
+	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 )
@@ -109,4 +112,32 @@ func FuzzEncodePlain(f *testing.F) {
 		checkPlain(t, testKey, body)
 		checkPlain(t, Key{{"job", "j"}}, body)
 	})
+}
+
+// BenchmarkEncode compares the fast way of a plain body with the slow one, rounds of
+// the two alternating.
+func BenchmarkEncode(b *testing.B) {
+	var text strings.Builder
+	for i := range 50 {
+		fmt.Fprintf(&text, "# HELP bench_metric_%02d Some help.\n# TYPE bench_metric_%02d gauge\nbench_metric_%02d{kind=\"some_value\"} %d.5\n", i, i, i, i)
+	}
+	body := []byte(text.String())
+	b.SetBytes(int64(len(body)))
+	b.ReportAllocs()
+	var slow time.Duration
+	for range b.N {
+		if _, plain := encodePlain(testKey, body, 1); !plain {
+			b.Fatal("the body is not plain")
+		}
+		b.StopTimer()
+		start := time.Now()
+		families, err := formatText.parse(body)
+		if err != nil {
+			b.Fatal(err)
+		}
+		prepare(testKey, families, 1)
+		slow += time.Since(start)
+		b.StartTimer()
+	}
+	b.ReportMetric(float64(slow)/float64(b.Elapsed()), "x-slow-way")
 }
