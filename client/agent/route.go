@@ -94,7 +94,8 @@ func (s *snapshot) addRoutes() error {
 		TLSClientConfig:     config,
 		TLSHandshakeTimeout: 10 * time.Second,
 		DisableCompression:  true,
-		MaxIdleConnsPerHost: 16,
+		// As many as the proxy lets run at once: with fewer it dials again and again.
+		MaxIdleConnsPerHost: 64,
 		MaxIdleConns:        512,
 		IdleConnTimeout:     5 * time.Minute,
 		ReadBufferSize:      16 << 10,
