@@ -139,6 +139,12 @@ func (sc *scrape) RoundTrip(req *http.Request) (*http.Response, error) {
 			final.Trailer = nil
 			return &final, nil
 		}
+		// A session that ends wakes its streams before it says so itself.
+		select {
+		case <-conn.Done():
+		case <-req.Context().Done():
+		case <-time.After(100 * time.Millisecond):
+		}
 		harmless := (req.Method == http.MethodGet || req.Method == http.MethodHead) && req.Body == nil
 		if try == 2 || !harmless || conn.Err() == nil || req.Context().Err() != nil {
 			return nil, err
