@@ -1,12 +1,11 @@
 package gateway
 
 import (
-	"bytes"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"iter"
 	"maps"
 	"slices"
 	"time"
@@ -14,6 +13,7 @@ import (
 	"github.com/klauspost/compress/s2"
 	dto "github.com/prometheus/client_model/go"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 )
 
 // Backend keeps groups. The store calls it from one goroutine at a time.
@@ -41,72 +41,237 @@ type Change struct {
 
 // Record is a group as it is stored.
 type Record struct {
-	Key      Key
+	Key Key
+	// Repeats: the record differs from the last one of the group that was applied in
+	// nothing but what AppendRepeat appends.
+	Repeats  bool
 	state    state      // but for what Store.build makes of it, the image too where it was read
 	families []prepared // where it was read
 }
 
-// recordHead is the JSON in front of a marshalled record.
-type recordHead struct {
-	Version  int               `json:"version"`
-	Key      map[string]string `json:"key"`
-	Pushed   int64             `json:"pushed"`
-	Failed   int64             `json:"failed,omitempty"`
-	TTL      *time.Duration    `json:"ttl,omitempty"` // only where a push named it
-	Interval *time.Duration    `json:"interval,omitempty"`
-	Expired  bool              `json:"expired,omitempty"`
-	Ages     []int64           `json:"ages"` // how much earlier than pushed the families came, in order
-}
+// A record is a protobuf message. Of the fields, label, ttl and interval may be absent,
+// a family follows its age, and what a newer version adds is skipped.
+const (
+	recordLabel    = 1 // repeated LabelPair: the key
+	recordPushed   = 2 // Unix nanoseconds, as all times
+	recordFailed   = 3
+	recordTTL      = 4 // nanoseconds, where a push named it
+	recordInterval = 5
+	recordExpired  = 6
+	recordAge      = 7 // how much earlier than pushed the next family came
+	recordFamily   = 8 // repeated MetricFamily
+)
 
-// recordVersion is the version of the format that MarshalBinary writes.
-const recordVersion = 1
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
-// MarshalBinary returns the record in its stored form: the length of a JSON head
-// as a varint, the head, and the families as delimited protobuf messages, as in the
-// exposition format, compressed as one Snappy block; and a CRC-32C of that in 4
-// bytes, little-endian. Compressed, a record takes about a tenth: of the pages that
-// a commit writes, and of the memory that a memory-mapped file takes.
-func (r *Record) MarshalBinary() ([]byte, error) {
+// AppendBinary appends the record.
+func (r *Record) AppendBinary(out []byte) ([]byte, error) {
 	st := r.state
-	head := recordHead{Version: recordVersion, Key: r.Key.Map(), Pushed: st.pushed, Failed: st.failed, Expired: st.expired}
+	number := func(field protowire.Number, v int64) {
+		out = protowire.AppendVarint(protowire.AppendTag(out, field, protowire.VarintType), uint64(v))
+	}
+	for _, l := range r.Key {
+		out = appendPair(protowire.AppendTag(out, recordLabel, protowire.BytesType), l.Name, l.Value)
+	}
+	number(recordPushed, st.pushed)
+	if st.failed != 0 {
+		number(recordFailed, st.failed)
+	}
 	if st.named.TTL >= 0 {
-		head.TTL = &st.named.TTL
+		number(recordTTL, int64(st.named.TTL))
 	}
 	if st.named.Interval >= 0 {
-		head.Interval = &st.named.Interval
+		number(recordInterval, int64(st.named.Interval))
 	}
-	for i := range st.image.blocks {
-		if b := &st.image.blocks[i]; !isGenerated(b.name()) {
-			head.Ages = append(head.Ages, st.pushed-b.pushed)
-		}
+	if st.expired {
+		number(recordExpired, 1)
 	}
-	text, err := json.Marshal(head)
-	if err != nil {
-		return nil, err
-	}
-	scratch := buffers.Get().(*bytes.Buffer)
-	defer buffers.Put(scratch)
-	scratch.Reset()
-	scratch.Grow(2 * (len(text) + len(st.image.data) + 64*len(st.image.blocks)))
-	content := binary.AppendUvarint(scratch.AvailableBuffer(), uint64(len(text)))
-	content = append(content, text...)
-	var familyHead []byte
+	var head []byte
 	for i := range st.image.blocks {
 		b := &st.image.blocks[i]
 		m := b.meta.Value()
 		if isGenerated(m.name) {
 			continue
 		}
+		if b.pushed != st.pushed {
+			number(recordAge, st.pushed-b.pushed)
+		}
 		series := st.image.protoOf(b)
-		familyHead = appendFamilyHead(familyHead[:0], m.name, m.help, m.unit, m.kind)
-		content = appendLength(content, len(familyHead)+len(series))
-		content = append(append(content, familyHead...), series...)
+		head = appendFamilyHead(head[:0], m.name, m.help, m.unit, m.kind)
+		out = protowire.AppendTag(out, recordFamily, protowire.BytesType)
+		out = protowire.AppendVarint(out, uint64(len(head)+len(series)))
+		out = append(append(out, head...), series...)
 	}
-	compressed := s2.EncodeSnappy(content[len(content):cap(content)], content)
-	out := append(make([]byte, 0, len(compressed)+crc32.Size), compressed...)
-	return binary.LittleEndian.AppendUint32(out, crc32.Checksum(out, castagnoli)), nil
+	return out, nil
+}
+
+// UnmarshalBinary reads what AppendBinary wrote.
+func (r *Record) UnmarshalBinary(data []byte) error {
+	*r = Record{state: state{named: unnamed}}
+	labels, families := map[string]string{}, map[string]*dto.MetricFamily{}
+	ages, age := map[string]int64{}, int64(0)
+	for len(data) > 0 {
+		field, kind, n := protowire.ConsumeTag(data)
+		if n < 0 {
+			return fmt.Errorf("a record can't be read: %w", protowire.ParseError(n))
+		}
+		data = data[n:]
+		var number uint64
+		var content []byte
+		switch kind {
+		case protowire.VarintType:
+			number, n = protowire.ConsumeVarint(data)
+		case protowire.BytesType:
+			content, n = protowire.ConsumeBytes(data)
+		default:
+			n = protowire.ConsumeFieldValue(field, kind, data)
+		}
+		if n < 0 {
+			return fmt.Errorf("a record can't be read: %w", protowire.ParseError(n))
+		}
+		data = data[n:]
+		switch field {
+		case recordLabel:
+			l := new(dto.LabelPair)
+			if err := proto.Unmarshal(content, l); err != nil {
+				return fmt.Errorf("key of a record: %w", err)
+			}
+			labels[l.GetName()] = l.GetValue()
+		case recordPushed:
+			r.state.pushed = int64(number)
+		case recordFailed:
+			r.state.failed = int64(number)
+		case recordTTL:
+			r.state.named.TTL = time.Duration(number)
+		case recordInterval:
+			r.state.named.Interval = time.Duration(number)
+		case recordExpired:
+			r.state.expired = number != 0
+		case recordAge:
+			age = int64(number)
+		case recordFamily:
+			f := new(dto.MetricFamily)
+			if err := proto.Unmarshal(content, f); err != nil {
+				return fmt.Errorf("family of a record: %w", err)
+			}
+			families[f.GetName()], ages[f.GetName()], age = f, age, 0
+		}
+	}
+	var err error
+	if r.Key, err = NewKey(labels); err != nil {
+		return err
+	}
+	for _, name := range slices.Sorted(maps.Keys(families)) {
+		p, err := prepareFamily(r.Key, r.Key.forced(), families[name], r.state.pushed-ages[name])
+		if err != nil {
+			return fmt.Errorf("group %s: %w", r.Key, err)
+		}
+		r.families = append(r.families, p)
+	}
+	return nil
+}
+
+// AppendRepeat appends what sets a record that Repeats apart from the one before: the
+// time of the push and the values of all samples, in the order of the record, as 8 bytes
+// each, little-endian.
+func (r *Record) AppendRepeat(out []byte) []byte {
+	out = binary.LittleEndian.AppendUint64(out, uint64(r.state.pushed))
+	for i := range r.state.image.blocks {
+		if b := &r.state.image.blocks[i]; !isGenerated(b.name()) {
+			for value := range valuesOf(r.state.image.protoOf(b)) {
+				out = append(out, value...)
+			}
+		}
+	}
+	return out
+}
+
+// valuesOf returns the places of the values in encoded series that each are a tag, a
+// length and a Metric that ends with its value: those of a body with a layout.
+func valuesOf(series []byte) iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		for len(series) > 0 {
+			size, used := protowire.ConsumeVarint(series[1:])
+			end := 1 + used + int(size)
+			if !yield(series[end-8 : end]) {
+				return
+			}
+			series = series[end:]
+		}
+	}
+}
+
+// ApplyRepeat returns the record that follows on one, both as AppendBinary appends
+// them. It returns an error where the two don't belong together.
+func ApplyRepeat(record, repeat []byte) (next []byte, err error) {
+	mismatch := errors.New("the values of a record are of another one")
+	if len(repeat)%8 != 0 || len(repeat) == 0 {
+		return nil, mismatch
+	}
+	pushed, values := binary.LittleEndian.Uint64(repeat), repeat[8:]
+	next = make([]byte, 0, len(record)+8)
+	for len(record) > 0 {
+		field, _, n := protowire.ConsumeField(record)
+		if n < 0 {
+			return nil, protowire.ParseError(n)
+		}
+		whole := record[:n]
+		record = record[n:]
+		switch {
+		case field == recordPushed:
+			next = protowire.AppendVarint(protowire.AppendTag(next, recordPushed, protowire.VarintType), pushed)
+			continue
+		case field == recordAge:
+			continue // it is as new as all of the push
+		}
+		next = append(next, whole...)
+		if field != recordFamily {
+			continue
+		}
+		content, _ := protowire.ConsumeBytes(next[len(next)-n+protowire.SizeTag(recordFamily):])
+		for len(content) > 0 {
+			part, kind, n := protowire.ConsumeField(content)
+			if n < 0 {
+				return nil, protowire.ParseError(n)
+			}
+			if part == metricField && kind == protowire.BytesType {
+				if len(values) < 8 || n < 12 {
+					return nil, mismatch
+				}
+				values = values[copy(content[n-8:n], values[:8]):]
+			}
+			content = content[n:]
+		}
+	}
+	if len(values) > 0 {
+		return nil, mismatch
+	}
+	return next, nil
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// Pack returns a record in the form in which it is to be kept: one Snappy block, and a
+// CRC-32C of it in 4 bytes, little-endian. Compressed, a record takes about a tenth: of
+// what a disk has to write, and of the memory that a memory-mapped file takes.
+func Pack(record []byte) []byte {
+	packed := s2.EncodeSnappy(make([]byte, 0, s2.MaxEncodedLen(len(record))), record)
+	out := append(make([]byte, 0, len(packed)+crc32.Size), packed...)
+	return binary.LittleEndian.AppendUint32(out, crc32.Checksum(out, castagnoli))
+}
+
+// Unpack returns the record that Pack packed, an error where it is damaged.
+func Unpack(packed []byte) ([]byte, error) {
+	n := len(packed) - crc32.Size
+	if n < 0 || binary.LittleEndian.Uint32(packed[n:]) != crc32.Checksum(packed[:n], castagnoli) {
+		return nil, errors.New("the checksum of a record is wrong")
+	}
+	return s2.Decode(nil, packed[:n])
+}
+
+// appendPair appends a LabelPair with its length in front.
+func appendPair(out []byte, name, value string) []byte {
+	out = protowire.AppendVarint(out, uint64(2+protowire.SizeBytes(len(name))+protowire.SizeBytes(len(value))))
+	out = protowire.AppendString(protowire.AppendTag(out, 1, protowire.BytesType), name)
+	return protowire.AppendString(protowire.AppendTag(out, 2, protowire.BytesType), value)
 }
 
 // appendLength appends what stands in front of a delimited message.
@@ -124,54 +289,6 @@ func appendFamilyHead(out []byte, name, help, unit string, kind dto.MetricType) 
 		out = protowire.AppendString(protowire.AppendTag(out, 5, protowire.BytesType), unit)
 	}
 	return out
-}
-
-// UnmarshalBinary reads what MarshalBinary wrote.
-func (r *Record) UnmarshalBinary(data []byte) error {
-	if len(data) < 4 || binary.LittleEndian.Uint32(data[len(data)-4:]) != crc32.Checksum(data[:len(data)-4], castagnoli) {
-		return errors.New("the checksum of a record is wrong")
-	}
-	data, err := s2.Decode(nil, data[:len(data)-4])
-	if err != nil {
-		return err
-	}
-	size, n := binary.Uvarint(data)
-	if n <= 0 || uint64(len(data)-n) < size {
-		return errors.New("the head of the record is cut off")
-	}
-	var head recordHead
-	if err := json.Unmarshal(data[n:n+int(size)], &head); err != nil {
-		return fmt.Errorf("head of the record: %w", err)
-	}
-	if head.Version != recordVersion {
-		return fmt.Errorf("the record has version %d; this program reads version %d", head.Version, recordVersion)
-	}
-	key, err := NewKey(head.Key)
-	if err != nil {
-		return err
-	}
-	families, err := parseProtobuf(data[n+int(size):])
-	if err != nil {
-		return fmt.Errorf("group %s: %w", key, err)
-	}
-	if len(families) != len(head.Ages) {
-		return fmt.Errorf("group %s: %d families, and %d ages of them", key, len(families), len(head.Ages))
-	}
-	*r = Record{Key: key, state: state{pushed: head.Pushed, failed: head.Failed, named: unnamed, expired: head.Expired}}
-	if head.TTL != nil {
-		r.state.named.TTL = *head.TTL
-	}
-	if head.Interval != nil {
-		r.state.named.Interval = *head.Interval
-	}
-	for i, name := range slices.Sorted(maps.Keys(families)) {
-		p, err := prepareFamily(key, key.forced(), families[name], head.Pushed-head.Ages[i])
-		if err != nil {
-			return fmt.Errorf("group %s: %w", key, err)
-		}
-		r.families = append(r.families, p)
-	}
-	return nil
 }
 
 // Memory returns a Backend that keeps nothing.

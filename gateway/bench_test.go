@@ -61,7 +61,7 @@ func BenchmarkPush(b *testing.B) {
 			b.Run(fmt.Sprintf("groups=%d/storage=%s", groups, storage), func(b *testing.B) {
 				backend := gateway.Memory()
 				if storage == "bbolt" {
-					bolt, err := boltstore.Open(b.TempDir() + "/push.db")
+					bolt, err := boltstore.Open(b.TempDir()+"/push.db", nil)
 					if err != nil {
 						b.Fatal(err)
 					}

@@ -39,7 +39,7 @@ const (
 
 // readBody reads the body of a push, which what names, and takes a place for
 // parsing it. done gives back what it holds, the body too.
-func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, what string) (content []byte, done func(), err error) {
+func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, what func() string) (content []byte, done func(), err error) {
 	var release []func()
 	finish := func() {
 		for _, f := range slices.Backward(release) {
@@ -51,7 +51,7 @@ func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, what string) 
 			finish()
 		}
 		if errors.Is(err, ErrBodyTooLarge) {
-			err = fmt.Errorf("%w: %s may have %d bytes, decompressed too (--push.max-body-size)", ErrBodyTooLarge, what, g.config.MaxBodySize)
+			err = fmt.Errorf("%w: %s may have %d bytes, decompressed too (--push.max-body-size)", ErrBodyTooLarge, what(), g.config.MaxBodySize)
 		}
 	}()
 	if r.ContentLength > g.config.MaxBodySize {
@@ -71,6 +71,9 @@ func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, what string) 
 			buffers.Put(buf)
 		}
 	})
+	if n := r.ContentLength; n > 0 && n <= smallBody {
+		buf.Grow(int(n) + bytes.MinRead) // what ReadFrom wants to have left at the end
+	}
 	// Who sends slowly holds no more memory than what has come.
 	for size := int64(0); int64(buf.Len()) == size; size += smallBody {
 		if size > 0 {
@@ -109,14 +112,14 @@ func (g *Gateway) takeMemory(r *http.Request) error {
 var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // bodyError tells a client that sends too slowly from one that sends nonsense.
-func bodyError(what string, sent *patientReader, err error) error {
+func bodyError(what func() string, sent *patientReader, err error) error {
 	switch {
 	case errors.Is(err, ErrBodyTooLarge):
 		return err
 	case sent.timeout != nil:
-		return fmt.Errorf("the body of %s did not come in time: %w", what, sent.timeout)
+		return fmt.Errorf("the body of %s did not come in time: %w", what(), sent.timeout)
 	}
-	return badRequest{fmt.Errorf("the body of %s: %w", what, err)}
+	return badRequest{fmt.Errorf("the body of %s: %w", what(), err)}
 }
 
 // enter takes a place; it waits for one as long as a change would wait.

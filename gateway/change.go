@@ -31,6 +31,8 @@ type edit struct {
 	replace   bool         // PUT: families that the push doesn't name go
 	aggregate *aggregation // merge the series with those that are there
 	pushed    pushedFamilies
+	layout    layout         // of the body
+	values    []float64      // in place of pushed, where the group has that shape already
 	reasons   []string       // why the push is refused already
 	ttl       *time.Duration // nil: keep
 	interval  *time.Duration
@@ -107,6 +109,9 @@ func (s *Store) edit(e *edit) (*step, error) {
 	if exists && e.unless != nil && g.pushed > unixNano(*e.unless) {
 		return nil, fmt.Errorf("%w: %s, at %s", ErrPushedSince, g.key, time.Unix(0, g.pushed).UTC().Format(time.RFC3339Nano))
 	}
+	if e.values != nil {
+		return s.repeat(g, e)
+	}
 	if !exists {
 		if err := s.mayCreate(e.key); err != nil {
 			return nil, err
@@ -134,6 +139,18 @@ func (s *Store) edit(e *edit) (*step, error) {
 	if reasons := s.inconsistencies(g, families, pushed.families); len(reasons) > 0 {
 		return nil, &Rejection{Key: e.key, Reasons: reasons}
 	}
+	next := s.build(g.key, g.afterPush(e), families, s.config.Now())
+	if e.aggregate == nil && len(families) == len(pushed.families) {
+		next.image.layout, next.image.order = e.layout, pushed.order
+	}
+	st := &step{group: g, old: g.state, new: next, created: !exists}
+	s.install(g, next)
+	return st, nil
+}
+
+// afterPush returns the state of a group after a good push, but for what Store.build
+// makes of it.
+func (g *group) afterPush(e *edit) state {
 	next := g.state
 	next.pushed, next.expired = unixNano(e.at), false
 	if e.failed != nil {
@@ -145,10 +162,7 @@ func (s *Store) edit(e *edit) (*step, error) {
 	if e.interval != nil {
 		next.named.Interval = *e.interval
 	}
-	next = s.build(g.key, next, families, s.config.Now())
-	st := &step{group: g, old: g.state, new: next, created: !exists}
-	s.install(g, next)
-	return st, nil
+	return next
 }
 
 // mayCreate tells what speaks against a new group of that key.
@@ -178,7 +192,7 @@ func (s *Store) markFailed(e *edit) *step {
 	}
 	next := g.state
 	next.failed = s.config.Now().UnixNano()
-	next = s.build(g.key, next, withoutGenerated(g.image), s.config.Now())
+	next = s.rebuild(g, next, s.config.Now())
 	st := &step{group: g, old: g.state, new: next, created: !exists}
 	s.install(g, next)
 	return st
@@ -206,6 +220,15 @@ func (s *Store) build(key Key, st state, families []prepared, now time.Time) sta
 	st.up = st.isUp(now)
 	st.image = newImage(join(families, generate(key, st)))
 	return st
+}
+
+// rebuild builds a state of a group that keeps its pushed families.
+func (s *Store) rebuild(g *group, next state, now time.Time) state {
+	next = s.build(g.key, next, withoutGenerated(g.image), now)
+	if g.image != nil && !next.expired {
+		next.image.layout, next.image.order = g.image.layout, g.image.order
+	}
+	return next
 }
 
 // apply merges pushed families with those of the group. It returns what is to be

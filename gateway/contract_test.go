@@ -856,7 +856,7 @@ func (b *stored) Apply(changes []gateway.Change) error {
 	for _, c := range changes {
 		delete(b.records, c.ID)
 		if c.Record != nil {
-			data, err := c.Record.MarshalBinary()
+			data, err := c.Record.AppendBinary(nil)
 			if err != nil {
 				return err
 			}

@@ -138,7 +138,7 @@ func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string)
 		if err != nil {
 			return badRequest{err}
 		}
-		what := "the push to " + key.String()
+		what := func() string { return "the push to " + key.String() }
 		body, done, err := g.readBody(w, r, what)
 		if err != nil {
 			return err
@@ -146,14 +146,26 @@ func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string)
 		defer done()
 		e.key = key
 		g.received(&e)
-		format, plain := formatOf(r.Header.Get("Content-Type")), false
+		format := formatOf(r.Header.Get("Content-Type"))
+		if format == formatText && e.aggregate == nil {
+			e.layout, e.values = layoutOf(body)
+			if g.store.hasLayout(key, e.layout) {
+				err := g.store.do(r.Context(), &change{edits: []edit{e}})
+				if err != errNewLayout {
+					return err
+				}
+			}
+			e.values = nil
+		}
+		plain := false
 		if format == formatText {
 			e.pushed, plain = encodePlain(key, body, unixNano(e.at))
 		}
 		if !plain {
+			e.layout = layout{}
 			families, err := format.parse(body)
 			if err != nil {
-				return badRequest{fmt.Errorf("the body of %s: %w", what, err)}
+				return badRequest{fmt.Errorf("the body of %s: %w", what(), err)}
 			}
 			e.pushed, e.reasons = prepare(key, families, unixNano(e.at))
 		}
@@ -215,7 +227,7 @@ func (g *Gateway) ServeBatch(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			return badRequest{err}
 		}
-		body, done, err := g.readBody(w, r, "the push")
+		body, done, err := g.readBody(w, r, func() string { return "the push" })
 		if err != nil {
 			return err
 		}
@@ -248,14 +260,15 @@ func (g *Gateway) ServeBatch(w http.ResponseWriter, r *http.Request) {
 // editOf reads what the request says of its pushes beside the body.
 func (g *Gateway) editOf(r *http.Request) (e edit, err error) {
 	now := g.store.config.Now()
+	query := r.URL.Query()
 	e.replace = r.Method == http.MethodPut
-	if e.ttl, err = durationOf(r, "ttl", HeaderTTL); err != nil {
+	if e.ttl, err = durationOf(query, "ttl", r.Header, HeaderTTL); err != nil {
 		return e, err
 	}
-	if e.interval, err = durationOf(r, "interval", HeaderInterval); err != nil {
+	if e.interval, err = durationOf(query, "interval", r.Header, HeaderInterval); err != nil {
 		return e, err
 	}
-	if e.aggregate, err = parseAggregation(r.URL.Query()); err != nil {
+	if e.aggregate, err = parseAggregation(query); err != nil {
 		return e, err
 	}
 	at, err := timeOf(r.Header, HeaderPushTime, now)

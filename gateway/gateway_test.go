@@ -285,7 +285,7 @@ func TestExpiry(t *testing.T) {
 func TestBolt(t *testing.T) {
 	path, c := t.TempDir()+"/push.db", newClock()
 	open := func() gateway.Backend {
-		b, err := boltstore.Open(path)
+		b, err := boltstore.Open(path, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -16,6 +16,10 @@ import (
 type image struct {
 	data   []byte
 	blocks []block // sorted by name
+	// layout is that of the last push where it brought all pushed families, and order
+	// tells for each of their series which value of the body it has.
+	layout layout
+	order  []uint16
 }
 
 // block is one family in an image: from start on, the hashes of its series, its

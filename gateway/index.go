@@ -63,7 +63,7 @@ func newIndex(logger *slog.Logger) index {
 
 // install gives a group a new state, and brings the index up to date.
 func (x *index) install(g *group, next state) {
-	if x.groups[g.canonical.ID()] == nil {
+	if !x.has(g) {
 		x.groups[g.canonical.ID()] = g
 		x.shapeOf(g.canonical).groups++
 		if n := len(x.free); n > 0 {
@@ -109,11 +109,15 @@ func (x *index) remove(g *group) {
 
 // get returns the group of exactly that key.
 func (x *index) get(key Key) *group {
-	if g := x.groups[key.canonical().ID()]; g != nil && g.id == key.ID() {
+	var buf [128]byte
+	if g := x.groups[string(key.canonical().appendID(buf[:0]))]; g != nil && slices.Equal(g.key, key) {
 		return g
 	}
 	return nil
 }
+
+// has reports whether the group is in the index.
+func (x *index) has(g *group) bool { return int(g.slot) < len(x.slots) && x.slots[g.slot] == g }
 
 func (x *index) shapeOf(key Key) *shape {
 	id := shapeID(key)

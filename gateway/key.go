@@ -18,12 +18,13 @@ type Key []Label
 
 // ID returns the key in a form that is equal for equal keys and sorts like them:
 // names and values joined by the byte 0xFF, which UTF-8 doesn't have.
-func (k Key) ID() string {
-	var id []byte
+func (k Key) ID() string { return string(k.appendID(nil)) }
+
+func (k Key) appendID(id []byte) []byte {
 	for i, l := range k {
 		id = appendLabelID(id, i, l.Name, l.Value)
 	}
-	return string(id)
+	return id
 }
 
 // appendLabelID appends the i-th label to an ID.

@@ -4,6 +4,7 @@ import (
 	"container/heap"
 	"fmt"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -97,7 +98,7 @@ func (d *deadlines) Pop() any {
 func (s *Store) schedule(g *group) {
 	at, ok := g.nextChange(s.config.ForgetAfter)
 	switch listed := g.deadlineIndex >= 0; {
-	case s.get(g.key) != g || !ok:
+	case !s.has(g) || !ok:
 		if listed {
 			heap.Remove(&s.deadlines, g.deadlineIndex)
 		}
@@ -147,7 +148,7 @@ func (s *Store) age(g *group, now time.Time) *step {
 	if next.expired == g.expired && next.isUp(now) == g.up {
 		return nil
 	}
-	st.new = s.build(g.key, next, withoutGenerated(g.image), now)
+	st.new = s.rebuild(g, next, now)
 	s.install(g, st.new)
 	if st.new.expired == st.old.expired {
 		return nil // push_up is not stored: it follows from the times
@@ -161,7 +162,7 @@ func (s *Store) renewLifetimes() {
 	now := s.config.Now()
 	for _, g := range s.groups {
 		if life := g.named.orElse(s.lifetimes(g.key)); life != g.life {
-			s.install(g, s.build(g.key, g.state, withoutGenerated(g.image), now))
+			s.install(g, s.rebuild(g, g.state, now))
 			s.schedule(g)
 		}
 	}
@@ -177,15 +178,14 @@ type generated struct {
 func generate(key Key, st state) []prepared {
 	gauges := make([]generated, 0, 3)
 	if !st.expired {
-		gauges = append(gauges, generated{failureTimeName, "Last Unix time when changing this group in the Pushgateway failed.", seconds(st.failed)})
+		gauges = append(gauges, generated{failureTimeName, "Last Unix time when changing this group in the Pushgateway failed.", 0})
 	}
-	gauges = append(gauges, generated{pushTimeName, "Last Unix time when changing this group in the Pushgateway succeeded.", seconds(st.pushed)})
+	gauges = append(gauges, generated{pushTimeName, "Last Unix time when changing this group in the Pushgateway succeeded.", 0})
 	if st.life.Interval > 0 {
-		up := 0.0
-		if st.up {
-			up = 1
-		}
-		gauges = append(gauges, generated{pushUpName, "1 while the last good push of the group is younger than its interval and a grace of 10 %, at least 1 min, else 0.", up})
+		gauges = append(gauges, generated{pushUpName, "1 while the last good push of the group is younger than its interval and a grace of 10 %, at least 1 min, else 0.", 0})
+	}
+	for i := range gauges {
+		gauges[i].value = st.generatedValue(gauges[i].name)
 	}
 	if families, plain := encodeGauges(key, gauges); plain {
 		return families
@@ -202,6 +202,19 @@ func generate(key Key, st state) []prepared {
 		}
 	}
 	return families
+}
+
+// generatedValue returns the value of one of the families that generate makes.
+func (st state) generatedValue(name string) float64 {
+	switch {
+	case name == pushTimeName:
+		return seconds(st.pushed)
+	case name == failureTimeName:
+		return seconds(st.failed)
+	case st.up:
+		return 1
+	}
+	return 0
 }
 
 // withoutGenerated returns the pushed families of an image.
@@ -225,12 +238,12 @@ func unixNano(t time.Time) int64 {
 	return t.UnixNano()
 }
 
-// durationOf reads a duration from the query, else from the header; nil where
-// neither is there.
-func durationOf(r *http.Request, parameter, header string) (*time.Duration, error) {
-	text := r.URL.Query().Get(parameter)
+// durationOf reads a duration from the query, else from a header; nil where neither
+// has it.
+func durationOf(query url.Values, parameter string, h http.Header, header string) (*time.Duration, error) {
+	text := query.Get(parameter)
 	if text == "" {
-		text = r.Header.Get(header)
+		text = h.Get(header)
 	}
 	if text == "" {
 		return nil, nil

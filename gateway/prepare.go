@@ -72,6 +72,8 @@ func (p prepared) name() string { return p.meta.Value().name }
 type pushedFamilies struct {
 	families []prepared
 	dropped  []string
+	// order tells of a plain body which of its samples each series is.
+	order []uint16
 }
 
 // prepare forces the grouping labels onto the series of a push, checks what can be

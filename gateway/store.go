@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -246,9 +247,11 @@ func (s *Store) probe() {
 	s.config.Logger.Info("The push store can write again")
 }
 
-// collect takes what else waits.
+// collect takes what else waits. Requests that can go on without waiting for anything
+// go first: what they bring shares the flush.
 func (s *Store) collect(first *change) []*change {
 	batch := []*change{first}
+	runtime.Gosched()
 	for len(batch) < maxBatch {
 		select {
 		case c := <-s.queue:
@@ -263,14 +266,18 @@ func (s *Store) collect(first *change) []*change {
 // do hands a change to the writer and waits until it is stored, or refused.
 func (s *Store) do(ctx context.Context, c *change) error {
 	c.reply = make(chan error, 1)
-	wait, cancel := context.WithTimeout(ctx, queueWait)
-	defer cancel()
 	select {
 	case s.queue <- c:
-	case <-s.done:
-		return fmt.Errorf("%w: it is closed", ErrUnavailable)
-	case <-wait.Done():
-		return fmt.Errorf("%w: %d changes wait; try again later", ErrBusy, queueSize)
+	default:
+		wait, cancel := context.WithTimeout(ctx, queueWait)
+		defer cancel()
+		select {
+		case s.queue <- c:
+		case <-s.done:
+			return fmt.Errorf("%w: it is closed", ErrUnavailable)
+		case <-wait.Done():
+			return fmt.Errorf("%w: %d changes wait; try again later", ErrBusy, queueSize)
+		}
 	}
 	// From here on it will be applied, whether the caller waits or not.
 	select {
@@ -295,6 +302,7 @@ type step struct {
 	old, new state
 	created  bool
 	deleted  bool
+	repeats  bool // Record.Repeats
 }
 
 // apply makes a batch of changes: each is checked against what the ones before it
@@ -336,7 +344,9 @@ func (s *Store) store(steps []step) error {
 	for _, st := range steps {
 		ch := Change{ID: st.group.id}
 		if !st.deleted {
-			ch.Record = &Record{Key: st.group.key, state: st.new}
+			before, changed := last[ch.ID]
+			repeats := st.repeats && (!changed || before.Record != nil && before.Record.Repeats)
+			ch.Record = &Record{Key: st.group.key, Repeats: repeats, state: st.new}
 		}
 		last[ch.ID] = ch
 	}

@@ -37,6 +37,13 @@ type textEncoder struct {
 	metas   map[string]unique.Handle[meta] // by type, name and HELP: see metaOf
 	scratch []byte
 	names   [][]byte
+	places  []place
+}
+
+// place is the order of a family's series: the numbers that they have in the body.
+type place struct {
+	name  []byte
+	order []uint16
 }
 
 // forcedLabel is a label that every series has: of the grouping key, or instance.
@@ -357,6 +364,8 @@ func (e *textEncoder) result(want func(name string) bool) (out pushedFamilies, o
 	}
 	hashes := make([]uint64, len(e.series))
 	out.families = make([]prepared, 0, len(e.families))
+	orders := make([]uint16, len(e.series)) // of the families one after the other, as they stand in the body
+	e.places = e.places[:0]
 	for i := range e.families {
 		f := &e.families[i]
 		from, to := f.series, len(e.series)
@@ -370,15 +379,27 @@ func (e *textEncoder) result(want func(name string) bool) (out pushedFamilies, o
 		for n := from; n < to; n++ {
 			hashes[n] = e.series[n].hash
 		}
+		order := orders[from:to:to]
+		for n := from; n < to; n++ {
+			order[n-from] = uint16(n)
+		}
 		text, proto, _ := e.start(from)
 		last := e.series[to-1]
 		p.text, p.proto = e.text[text:last.text:last.text], e.proto[proto:last.proto:last.proto]
-		if to-from > 1 && !e.sorted(from, to) && !e.sort(&p, from, to) {
+		if to-from > 1 && !e.sorted(from, to) && !e.sort(&p, order, from, to) {
 			return pushedFamilies{}, false
 		}
 		out.families = append(out.families, p)
+		e.places = append(e.places, place{f.name, order})
 	}
 	slices.SortFunc(out.families, func(a, b prepared) int { return strings.Compare(a.name(), b.name()) })
+	if len(e.series) <= maxValues {
+		slices.SortFunc(e.places, func(a, b place) int { return bytes.Compare(a.name, b.name) })
+		out.order = make([]uint16, 0, len(e.series))
+		for _, p := range e.places {
+			out.order = append(out.order, p.order...)
+		}
+	}
 	return out, true
 }
 
@@ -438,7 +459,7 @@ func (e *textEncoder) sorted(from, to int) bool {
 
 // sort puts the series of a family in order. It returns false where one stands
 // twice.
-func (e *textEncoder) sort(p *prepared, from, to int) bool {
+func (e *textEncoder) sort(p *prepared, places []uint16, from, to int) bool {
 	order := make([]int, to-from)
 	for i := range order {
 		order[i] = from + i
@@ -446,6 +467,7 @@ func (e *textEncoder) sort(p *prepared, from, to int) bool {
 	slices.SortFunc(order, e.compare)
 	text, proto := make([]byte, 0, len(p.text)), make([]byte, 0, len(p.proto))
 	for i, n := range order {
+		places[i] = uint16(n)
 		if i > 0 && e.compare(order[i-1], n) == 0 {
 			return false
 		}
@@ -517,6 +539,38 @@ func plainFloat(s []byte) (float64, bool) {
 			return 0, false
 		}
 	}
+	if f, ok := shortDecimal(s); ok {
+		return f, true
+	}
 	f, err := strconv.ParseFloat(string(s), 64)
 	return f, err == nil
 }
+
+// shortDecimal reads digits with a point among them. A float64 has both the digits
+// without the point and the power of ten exactly, so their quotient is the one that is
+// nearest to what is written.
+func shortDecimal(s []byte) (float64, bool) {
+	if len(s) > 16 {
+		return 0, false
+	}
+	digits, decimals, point := int64(0), 0, false
+	for _, c := range s {
+		switch {
+		case c >= '0' && c <= '9':
+			digits = 10*digits + int64(c-'0')
+			if point {
+				decimals++
+			}
+		case c == '.' && !point:
+			point = true
+		default:
+			return 0, false
+		}
+	}
+	if !point || len(s) == 1 {
+		return 0, false
+	}
+	return float64(digits) / powersOfTen[decimals], true
+}
+
+var powersOfTen = [...]float64{1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15}

@@ -156,9 +156,12 @@ func TestPushReadOnly(t *testing.T) {
 		p.expectPush(fmt.Sprintf("disk/%d", n), n)
 	}
 	stopScraping := p.scrape()
-	file := filepath.Join(disk.dir, "state", "push.db")
+	files, err := filepath.Glob(filepath.Join(disk.dir, "state", "push.db*"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	groups := []string{"disk/new", "disk/1"}
-	command(t, "chattr", "+i", file)
+	command(t, "chattr", append([]string{"+i"}, files...)...)
 	p.expectRefused(100, groups, "operation not permitted")
 	for path, method := range map[string]string{
 		groupPath("disk/1"):                     http.MethodDelete,
@@ -172,7 +175,7 @@ func TestPushReadOnly(t *testing.T) {
 		}
 	}
 	p.expectStored()
-	command(t, "chattr", "-i", file)
+	command(t, "chattr", append([]string{"-i"}, files...)...)
 	p.awaitRecovery(recovery)
 	p.expectStored()
 
@@ -297,13 +300,20 @@ func (d *loopDisk) fail() {
 	d.t.Fatalf("%s is not mounted", d.dir)
 }
 
-// repair mounts the disk anew, for writing.
+// repair mounts the disk anew, for writing. Whoever made a mount namespace meanwhile
+// holds the disk as it was until that ends.
 func (d *loopDisk) repair() {
 	d.t.Helper()
-	if err := syscall.Unmount(d.dir, 0); err != nil {
-		d.t.Fatalf("unmount: %v", err)
-	}
-	if err := d.mount(); err != nil {
+	err := try(20*time.Second, func() error {
+		if err := syscall.Unmount(d.dir, 0); err != nil {
+			return fmt.Errorf("unmount: %w", err)
+		}
+		if err := d.mount(); err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(d.dir, "repaired"), nil, 0o600)
+	})
+	if err != nil {
 		d.t.Fatal(err)
 	}
 }

@@ -1,12 +1,18 @@
-// Package boltstore keeps the push store's groups in a bbolt file.
+// Package boltstore keeps the push store's groups in a bbolt file, with a log in front
+// of it.
 package boltstore
 
 import (
 	"bytes"
+	"crypto/rand"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
+	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -74,45 +80,259 @@ func OpenDB(path string, read func(*bolt.DB) error) (db *bolt.DB, err error) {
 	return db, read(db)
 }
 
-var groupsBucket = []byte("groups")
-
-// Store is a gateway.Backend in a bbolt file: one record a group, in the bucket
-// "groups", under a hash of the key's ID. The bucket's sequence is the number of
-// records.
+// Store is a gateway.Backend in a bbolt file, push.db say, and its log, push.db.log0 and
+// push.db.log1.
+//
+// A change is acknowledged when it is in the log: one write and one flush for all that
+// waited. bbolt's own commit costs two flushes and, at 10,000 groups, dozens of random
+// pages for each change. The database gets many changes in one transaction, of a group
+// that changed often only the last one; the transaction notes up to which change it
+// goes. What the log has beyond that is read again at start.
+//
+// The database has one record a group in the bucket "groups", under a hash of the key's
+// ID; the bucket's sequence is the number of records.
 type Store struct {
 	path    string
-	db      *bolt.DB         // nil where err isn't
+	logger  *slog.Logger
+	db      *bolt.DB // nil: it can't be written
+	log     *commitLog
 	records []gateway.Record // between Open and Load
 
 	// err is why nothing can be written: the file can't, or turned out damaged.
 	err     error
 	damaged bool
+
+	// pending is what is in the log alone: the last record of each group, nil where the
+	// group is gone.
+	pending map[groupKey]*gateway.Record
+	// saving is what a goroutine writes to the database now, nil: none does.
+	saving map[groupKey]*gateway.Record
+	saved  chan error
+	// saveErr is why the last try to write to the database failed.
+	saveErr error
 }
 
-// keyOf returns where a group's record stands. IDs are long: as keys they would make
-// the tree deeper, and each commit writes all pages on its way down.
-func keyOf(id string) []byte {
+var (
+	groupsBucket = []byte("groups")
+
+	// logBucket has under logKey, little-endian, the 8 bytes that the log's frames start
+	// with, 8 of the number of the last change that is in the database, and 4 of the CRC-32C
+	// of the two.
+	logBucket = []byte("log")
+	logKey    = []byte("log")
+)
+
+// firstTx is the number of the transaction that bbolt makes a new file with.
+const firstTx = 1
+
+// groupKey is where a group's record stands. IDs are long: as keys they would make the
+// tree deeper, and each commit writes all pages on its way down.
+type groupKey [16]byte
+
+func keyOf(id string) groupKey {
 	sum := sha256.Sum256([]byte(id))
-	return sum[:16]
+	return groupKey(sum[:len(groupKey{})])
 }
 
-// Open opens or creates the file and reads all of it. A file that can be read but
-// not written gives a store whose Apply fails until Probe finds that it can.
-func Open(path string) (*Store, error) {
-	s := &Store{path: path}
-	db, err := OpenDB(path, s.read)
-	if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS) {
+const (
+	// saveAt is the length of the log's active file at which what is in it goes to the
+	// database.
+	saveAt = 32 << 20
+	// logLimit is the length at which changes wait for that.
+	logLimit = 2 * saveAt
+)
+
+// Open opens or creates the files and reads all of them. Files that can be read but not
+// written give a store whose Apply fails until Probe finds that it can. Logger tells
+// what was found beside them, slog.Default by default.
+func Open(path string, logger *slog.Logger) (*Store, error) {
+	if logger == nil {
+		logger = slog.Default()
+	}
+	s := &Store{path: path, logger: logger, pending: map[groupKey]*gateway.Record{}}
+	err := s.openForWriting(s.readGroups)
+	switch {
+	case err == nil:
+	case s.records != nil && !errors.Is(err, ErrDamaged):
+		s.err = err // all was read; there is no room to tidy up, say
+	case errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS):
 		if readErr := s.readOnly(); readErr != nil {
 			return nil, errors.Join(err, readErr)
 		}
 		s.err = err
-		return s, nil
+	default:
+		return nil, err
 	}
-	s.db = db
-	return s, err
+	return s, nil
 }
 
-// readOnly reads the file without opening it for writing.
+// openForWriting opens the database, has read look at it and at what the log has beyond
+// it, and brings the two together.
+func (s *Store) openForWriting(read func(*bolt.Tx, map[groupKey]logged) error) (err error) {
+	var logged map[groupKey]logged
+	var last uint64
+	db, err := OpenDB(s.path, func(db *bolt.DB) error {
+		exists := false
+		err := db.View(func(tx *bolt.Tx) (err error) {
+			if exists = tx.ID() > firstTx; !exists {
+				return nil
+			}
+			if logged, last, err = s.readLog(tx); err == nil {
+				err = read(tx, logged)
+			}
+			return err
+		})
+		if err != nil || exists {
+			return err
+		}
+		return db.Update(create)
+	})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			s.log.close()
+			db.Close()
+		}
+	}()
+	if s.log == nil { // the database is new
+		err := db.View(func(tx *bolt.Tx) error { _, err := s.newLog(tx); return err })
+		if err != nil {
+			return err
+		}
+	}
+	moved, err := s.log.moveForeign()
+	for _, path := range moved {
+		s.logger.Warn("A log that belongs to another push store was moved away", "to", path)
+	}
+	if err != nil {
+		return err
+	}
+	// From here on the log is overwritten.
+	if len(logged) > 0 {
+		err := update(db, s.path, func(tx *bolt.Tx) error {
+			b := tx.Bucket(groupsBucket)
+			packed := make(map[groupKey][]byte, len(logged))
+			for key, l := range logged {
+				if packed[key], err = l.packed(b.Get(key[:])); err != nil {
+					return err
+				}
+			}
+			return put(tx, packed, s.log.store, last)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if err := s.log.open(last); err != nil {
+		return err
+	}
+	s.db = db
+	return nil
+}
+
+// create makes the buckets of a new database.
+func create(tx *bolt.Tx) error {
+	var id [8]byte
+	rand.Read(id[:])
+	id[0] |= 1 // never 0
+	if _, err := tx.CreateBucket(groupsBucket); err != nil {
+		return err
+	}
+	if _, err := tx.CreateBucket(logBucket); err != nil {
+		return err
+	}
+	return noteApplied(tx, binary.LittleEndian.Uint64(id[:]), 0)
+}
+
+// noteApplied notes which log belongs to the database, and up to which change of it.
+func noteApplied(tx *bolt.Tx, store, applied uint64) error {
+	value := binary.LittleEndian.AppendUint64(nil, store)
+	value = binary.LittleEndian.AppendUint64(value, applied)
+	return tx.Bucket(logBucket).Put(logKey, binary.LittleEndian.AppendUint32(value, crc32.Checksum(value, castagnoli)))
+}
+
+// newLog sets the log that belongs to the database, and returns up to which change of it
+// that goes.
+func (s *Store) newLog(tx *bolt.Tx) (applied uint64, err error) {
+	var value []byte
+	if b := tx.Bucket(logBucket); b != nil {
+		value = b.Get(logKey)
+	}
+	if len(value) != 20 || binary.LittleEndian.Uint32(value[16:]) != crc32.Checksum(value[:16], castagnoli) {
+		return 0, errors.New("it doesn't tell which log belongs to it")
+	}
+	s.log = newCommitLog(s.path, binary.LittleEndian.Uint64(value))
+	return binary.LittleEndian.Uint64(value[8:]), nil
+}
+
+// logged is what the log has of a group: a record, or that it is gone, or neither; and
+// what the last repetition of that changes, if there is one.
+type logged struct {
+	record []byte // packed
+	gone   bool
+	repeat []byte
+}
+
+// packed returns the group's last record, packed, or nil where it is gone, given what
+// the database has.
+func (l logged) packed(before []byte) ([]byte, error) {
+	if l.gone {
+		return nil, nil
+	}
+	if l.record != nil {
+		before = l.record
+	}
+	if l.repeat == nil {
+		return before, nil
+	}
+	record, err := gateway.Unpack(before)
+	if err == nil {
+		record, err = gateway.ApplyRepeat(record, l.repeat)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("a record that the log repeats: %w", err)
+	}
+	return gateway.Pack(record), nil
+}
+
+// readLog returns what the log has beyond the database, and the number of its last
+// change.
+func (s *Store) readLog(tx *bolt.Tx) (all map[groupKey]logged, last uint64, err error) {
+	applied, err := s.newLog(tx)
+	if err != nil {
+		return nil, 0, err
+	}
+	all = map[groupKey]logged{}
+	last, err = s.log.replay(applied, func(payload []byte) error {
+		for len(payload) > 0 {
+			key, kind, content, rest, err := cutChange(payload)
+			if err != nil {
+				return err
+			}
+			payload = rest
+			switch l := all[key]; kind {
+			case changeGone:
+				all[key] = logged{gone: true}
+			case changeRecord:
+				all[key] = logged{record: gateway.Pack(content)}
+			case changeRepeat:
+				if l.gone {
+					return errors.New("it repeats a group that is gone")
+				}
+				l.repeat = append(l.repeat[:0], content...)
+				all[key] = l
+			default:
+				return fmt.Errorf("it is of kind %d, which this program doesn't know", kind)
+			}
+		}
+		return nil
+	})
+	return all, last, err
+}
+
+// readOnly reads the files without opening them for writing.
 func (s *Store) readOnly() (err error) {
 	if _, err := os.Stat(s.path); err != nil {
 		return nil // there is nothing to read yet
@@ -128,49 +348,43 @@ func (s *Store) readOnly() (err error) {
 		return err
 	}
 	defer db.Close()
-	return db.View(s.readGroups)
-}
-
-// read reads the groups, and creates their bucket in a new file.
-func (s *Store) read(db *bolt.DB) error {
-	exists := false
-	err := db.View(func(tx *bolt.Tx) error {
-		if exists = tx.Bucket(groupsBucket) != nil; !exists {
+	return db.View(func(tx *bolt.Tx) error {
+		if tx.ID() <= firstTx {
 			return nil
 		}
-		return s.readGroups(tx)
-	})
-	if err != nil || exists {
-		return err
-	}
-	return db.Update(func(tx *bolt.Tx) error {
-		_, err := tx.CreateBucket(groupsBucket)
-		return err
+		logged, _, err := s.readLog(tx)
+		if err != nil {
+			return err
+		}
+		return s.readGroups(tx, logged)
 	})
 }
 
 // readGroups reads all records. It returns an error for whatever is not as Apply
 // left it: a store that opens in spite of damage would lose more with each write.
-func (s *Store) readGroups(tx *bolt.Tx) error {
+func (s *Store) readGroups(tx *bolt.Tx, logged map[groupKey]logged) error {
 	s.records = nil
 	b := tx.Bucket(groupsBucket)
 	if b == nil {
-		return nil
+		return errors.New("the groups are missing")
 	}
 	if info, err := os.Stat(s.path); err != nil || info.Size() < tx.Size() {
 		return errors.Join(err, fmt.Errorf("the file was cut short: it should have at least %d bytes", tx.Size()))
 	}
-	var keys, values [][]byte
+	packed := map[groupKey][]byte{}
 	err := b.ForEach(func(key, value []byte) error {
+		if len(key) != len(groupKey{}) {
+			return fmt.Errorf("a record stands under the key %x", key)
+		}
 		// What faults or panics has to do so here, where it is recovered from.
-		keys, values = append(keys, bytes.Clone(key)), append(values, bytes.Clone(value))
+		packed[groupKey(key)] = bytes.Clone(value)
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	if n := b.Sequence(); n != uint64(len(keys)) {
-		return fmt.Errorf("there are %d groups, and there should be %d", len(keys), n)
+	if n := b.Sequence(); n != uint64(len(packed)) {
+		return fmt.Errorf("there are %d groups, and there should be %d", len(packed), n)
 	}
 	var problem error
 	for p := range tx.Check() { // to its end: who checks waits for its reader
@@ -181,19 +395,30 @@ func (s *Store) readGroups(tx *bolt.Tx) error {
 	if problem != nil {
 		return problem
 	}
+	for key, l := range logged {
+		if packed[key], err = l.packed(packed[key]); err != nil {
+			return err
+		}
+		if packed[key] == nil {
+			delete(packed, key)
+		}
+	}
+	keys := slices.Collect(maps.Keys(packed))
 	s.records = make([]gateway.Record, len(keys))
 	var all errgroup.Group
 	all.SetLimit(runtime.GOMAXPROCS(0))
-	for part := range slices.Chunk(s.records, 256) {
-		partKeys, partValues := keys[:len(part)], values[:len(part)]
-		keys, values = keys[len(part):], values[len(part):]
+	for start := 0; start < len(keys); start += 256 {
 		all.Go(func() error {
-			for i := range part {
-				if err := part[i].UnmarshalBinary(partValues[i]); err != nil {
+			for i := start; i < min(start+256, len(keys)); i++ {
+				record, err := gateway.Unpack(packed[keys[i]])
+				if err == nil {
+					err = s.records[i].UnmarshalBinary(record)
+				}
+				if err != nil {
 					return err
 				}
-				if !bytes.Equal(keyOf(part[i].Key.ID()), partKeys[i]) {
-					return fmt.Errorf("the record of the group %s stands under another key", part[i].Key)
+				if keyOf(s.records[i].Key.ID()) != keys[i] {
+					return fmt.Errorf("the record of the group %s stands under another key", s.records[i].Key)
 				}
 			}
 			return nil
@@ -217,86 +442,259 @@ func (s *Store) Load(f func(gateway.Record) error) error {
 	return nil
 }
 
-// Apply implements gateway.Backend, in one transaction.
+// Apply implements gateway.Backend, with one frame of the log.
 func (s *Store) Apply(changes []gateway.Change) error {
-	return s.update(func(tx *bolt.Tx) error {
-		b := tx.Bucket(groupsBucket)
-		n := b.Sequence()
-		for _, c := range changes {
-			key := keyOf(c.ID)
-			exists := b.Get(key) != nil
-			if c.Record == nil {
-				if err := b.Delete(key); err != nil {
-					return err
-				}
-				if exists {
-					n--
-				}
-				continue
-			}
-			value, err := c.Record.MarshalBinary()
-			if err != nil {
-				return err
-			}
-			if err := b.Put(key, value); err != nil {
-				return err
-			}
-			if !exists {
-				n++
-			}
-		}
-		return b.SetSequence(n)
-	})
-}
-
-// update changes the file in one transaction. bbolt panics where it meets damage:
-// nothing is written from then on.
-func (s *Store) update(change func(*bolt.Tx) error) (err error) {
 	if s.err != nil {
 		return s.err
 	}
+	if s.finishSave(s.log.end > logLimit); s.err != nil {
+		return s.err
+	}
+	brings := slices.ContainsFunc(changes, func(c gateway.Change) bool { return c.Record != nil })
+	if s.saveErr != nil && (brings || s.log.end > logLimit) {
+		return s.saveErr
+	}
+	frame := s.log.frameStart()
+	for _, c := range changes {
+		var err error
+		if frame, err = appendChange(frame, c); err != nil {
+			return err
+		}
+	}
+	err := s.log.write(frame)
+	if errors.Is(err, syscall.ENOSPC) && s.save() == nil {
+		err = s.log.write(frame) // what the log had is in the database, and its place is free
+	}
+	if err != nil {
+		return err
+	}
+	for _, c := range changes {
+		s.pending[keyOf(c.ID)] = c.Record
+	}
+	if s.log.end >= saveAt && s.saving == nil && s.saveErr == nil {
+		s.startSave()
+	}
+	return nil
+}
+
+// A change in a frame is a groupKey, one byte of the kind, and for all kinds but the
+// first the length of the content as a varint and the content.
+const (
+	changeGone   = iota
+	changeRecord // Record.AppendBinary
+	changeRepeat // Record.AppendRepeat
+)
+
+func appendChange(frame []byte, c gateway.Change) ([]byte, error) {
+	key := keyOf(c.ID)
+	frame = append(frame, key[:]...)
+	if c.Record == nil {
+		return append(frame, changeGone), nil
+	}
+	kind := byte(changeRecord)
+	if c.Record.Repeats {
+		kind = changeRepeat
+	}
+	// The length stands in front of the content, and is known behind it.
+	const room = binary.MaxVarintLen32
+	frame = append(frame, kind)
+	at := len(frame)
+	frame = append(frame, make([]byte, room)...)
+	if c.Record.Repeats {
+		frame = c.Record.AppendRepeat(frame)
+	} else {
+		var err error
+		if frame, err = c.Record.AppendBinary(frame); err != nil {
+			return nil, err
+		}
+	}
+	size := len(frame) - at - room
+	used := binary.PutUvarint(frame[at:at+room], uint64(size))
+	copy(frame[at+used:], frame[at+room:])
+	return frame[:at+used+size], nil
+}
+
+func cutChange(payload []byte) (key groupKey, kind byte, content, rest []byte, err error) {
+	cutOff := errors.New("it is cut off")
+	if len(payload) < len(key)+1 {
+		return key, 0, nil, nil, cutOff
+	}
+	payload = payload[copy(key[:], payload):]
+	if kind, payload = payload[0], payload[1:]; kind == changeGone {
+		return key, kind, nil, payload, nil
+	}
+	size, n := binary.Uvarint(payload)
+	if n <= 0 || size > uint64(len(payload)-n) {
+		return key, 0, nil, nil, cutOff
+	}
+	payload = payload[n:]
+	return key, kind, payload[:size:size], payload[size:], nil
+}
+
+// startSave has a goroutine write what is pending to the database, while changes go to
+// the other file of the log: all that is in there is in the database.
+func (s *Store) startSave() {
+	saving, last := s.pending, s.log.tried
+	s.saving, s.pending, s.saved = saving, map[groupKey]*gateway.Record{}, make(chan error, 1)
+	s.log.turn()
+	go func() { s.saved <- s.saveTo(saving, last) }()
+}
+
+// finishSave notes how startSave's goroutine ended, if it has, or waits for it.
+func (s *Store) finishSave(wait bool) {
+	if s.saving == nil {
+		return
+	}
+	var err error
+	if wait {
+		err = <-s.saved
+	} else {
+		select {
+		case err = <-s.saved:
+		default:
+			return
+		}
+	}
+	if err != nil {
+		for key, record := range s.saving {
+			if _, newer := s.pending[key]; !newer {
+				s.pending[key] = record
+			}
+		}
+	}
+	s.saving = nil
+	s.noteSave(err)
+}
+
+func (s *Store) noteSave(err error) {
+	s.saveErr = err
+	if errors.Is(err, ErrDamaged) {
+		s.damaged, s.err = true, err
+	}
+}
+
+// save writes what is pending to the database now, and begins the log anew.
+func (s *Store) save() error {
+	if s.finishSave(true); s.err != nil {
+		return s.err
+	}
+	err := s.saveTo(s.pending, s.log.tried)
+	if s.noteSave(err); err != nil {
+		return err
+	}
+	s.pending = map[groupKey]*gateway.Record{}
+	s.log.turn()
+	return nil
+}
+
+// saveTo writes records to the database, which then has all changes up to the given
+// one. It uses nothing of s that changes.
+func (s *Store) saveTo(records map[groupKey]*gateway.Record, last uint64) error {
+	packed := make(map[groupKey][]byte, len(records))
+	var plain []byte
+	for key, record := range records {
+		if record == nil {
+			packed[key] = nil
+			continue
+		}
+		var err error
+		if plain, err = record.AppendBinary(plain[:0]); err != nil {
+			return err
+		}
+		packed[key] = gateway.Pack(plain)
+	}
+	return update(s.db, s.path, func(tx *bolt.Tx) error { return put(tx, packed, s.log.store, last) })
+}
+
+func put(tx *bolt.Tx, packed map[groupKey][]byte, store, last uint64) error {
+	b := tx.Bucket(groupsBucket)
+	b.FillPercent = 0.9 // records of a group are of one size: there is no need for room in each page
+	n := b.Sequence()
+	for _, key := range slices.SortedFunc(maps.Keys(packed), func(a, b groupKey) int { return bytes.Compare(a[:], b[:]) }) {
+		exists := b.Get(key[:]) != nil
+		record := packed[key]
+		switch {
+		case record == nil && exists:
+			n--
+		case record != nil && !exists:
+			n++
+		}
+		if record == nil {
+			if err := b.Delete(key[:]); err != nil {
+				return err
+			}
+		} else if err := b.Put(key[:], record); err != nil {
+			return err
+		}
+	}
+	if err := b.SetSequence(n); err != nil {
+		return err
+	}
+	return noteApplied(tx, store, last)
+}
+
+// update changes the database in one transaction. It returns ErrDamaged, wrapped, where
+// bbolt panicked: nothing may be written from then on.
+func update(db *bolt.DB, path string, change func(*bolt.Tx) error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
-			s.damaged, s.err = true, fmt.Errorf("%s: %w (%v)", s.path, ErrDamaged, p)
-			err = s.err
+			err = fmt.Errorf("%s: %w (%v)", path, ErrDamaged, p)
 		}
 	}()
-	return s.db.Update(change)
+	return db.Update(change)
 }
 
 // Probe implements gateway.Backend.
 func (s *Store) Probe() error {
-	if s.err != nil && !s.damaged {
-		db, err := OpenDB(s.path, func(db *bolt.DB) error {
-			return db.Update(func(tx *bolt.Tx) error {
-				_, err := tx.CreateBucketIfNotExists(groupsBucket)
-				return err
-			})
-		})
-		if err != nil {
+	if s.damaged {
+		return s.err
+	}
+	if s.err != nil {
+		if err := s.openForWriting(func(*bolt.Tx, map[groupKey]logged) error { return nil }); err != nil {
 			return err
 		}
-		s.db, s.err = db, nil
+		s.err = nil
+	}
+	if err := s.save(); err != nil {
+		return err
+	}
+	const size = growth
+	if err := s.log.probe(size); err != nil {
+		return err
 	}
 	bucket := []byte("probe")
-	err := s.update(func(tx *bolt.Tx) error {
+	err := update(s.db, s.path, func(tx *bolt.Tx) error {
 		b, err := tx.CreateBucketIfNotExists(bucket)
 		if err != nil {
 			return err
 		}
-		return b.Put(bucket, make([]byte, 1<<20))
+		return b.Put(bucket, make([]byte, size))
 	})
-	if err != nil {
-		return err
+	if err == nil {
+		err = update(s.db, s.path, func(tx *bolt.Tx) error { return tx.DeleteBucket(bucket) })
 	}
-	return s.update(func(tx *bolt.Tx) error { return tx.DeleteBucket(bucket) })
+	s.noteSave(err)
+	return err
 }
 
-// Close implements gateway.Backend.
+// Close implements gateway.Backend. It leaves all in the database, where that can be
+// written.
 func (s *Store) Close() error {
-	if s.db == nil || s.damaged {
+	if s.db == nil {
+		return nil
+	}
+	s.finishSave(true)
+	if s.damaged {
 		return nil // a lock that the panic left held would make it wait for ever
 	}
-	return s.db.Close()
+	if len(s.pending) > 0 {
+		if err := s.save(); err != nil {
+			s.logger.Warn("The push store could not be tidied up; nothing is lost, its log has all changes", "err", err)
+		}
+	}
+	if s.damaged {
+		return nil
+	}
+	return errors.Join(s.log.close(), s.db.Close())
 }

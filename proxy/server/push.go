@@ -77,7 +77,7 @@ func (p *pushStore) open() error {
 	s := p.server
 	backend := gateway.Memory()
 	if s.config.StoragePath != "" {
-		bolt, err := boltstore.Open(filepath.Join(s.config.StoragePath, "push.db"))
+		bolt, err := boltstore.Open(filepath.Join(s.config.StoragePath, "push.db"), s.logger)
 		if err != nil {
 			return p.failed(err)
 		}
