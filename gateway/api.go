@@ -101,8 +101,7 @@ func (s *Store) snapshot() []group {
 
 func apiGroup(g group) (map[string]any, error) {
 	out := map[string]any{}
-	for i := range g.image.blocks {
-		b := &g.image.blocks[i]
+	for _, b := range g.image.blocks() {
 		f, err := g.image.decode(b)
 		if err != nil {
 			return nil, err

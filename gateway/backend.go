@@ -85,8 +85,7 @@ func (r *Record) AppendBinary(out []byte) ([]byte, error) {
 		number(recordExpired, 1)
 	}
 	var head []byte
-	for i := range st.image.blocks {
-		b := &st.image.blocks[i]
+	for _, b := range st.image.blocks() {
 		m := b.meta.Value()
 		if isGenerated(m.name) {
 			continue
@@ -174,8 +173,8 @@ func (r *Record) UnmarshalBinary(data []byte) error {
 // each, little-endian.
 func (r *Record) AppendRepeat(out []byte) []byte {
 	out = binary.LittleEndian.AppendUint64(out, uint64(r.state.pushed))
-	for i := range r.state.image.blocks {
-		if b := &r.state.image.blocks[i]; !isGenerated(b.name()) {
+	for _, b := range r.state.image.blocks() {
+		if !isGenerated(b.name()) {
 			for value := range valuesOf(r.state.image.protoOf(b)) {
 				out = append(out, value...)
 			}

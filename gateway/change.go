@@ -237,14 +237,14 @@ func (a *aggregation) apply(g *group, pushed []prepared, now int64) (merged []pr
 	for _, p := range pushed {
 		var old *dto.MetricFamily
 		f, err := p.decode()
-		b := g.image.find(p.name())
-		if err == nil && b != nil {
+		b, exists := g.image.find(p.name())
+		if err == nil && exists {
 			old, err = g.image.decode(b)
 		}
 		if err == nil {
 			f, err = a.merge(old, f) // of a first push too: the second must not find it can't
 		}
-		if err == nil && b != nil {
+		if err == nil && exists {
 			p, err = prepareFamily(g.key, g.key.forced(), f, now)
 		}
 		if err != nil {

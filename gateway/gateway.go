@@ -23,7 +23,7 @@ import (
 // Header fields of a push.
 const (
 	// HeaderTTL and HeaderInterval are the query parameters ttl and interval.
-	HeaderTTL      = "Culvert-TTL"
+	HeaderTTL      = "Culvert-Ttl"
 	HeaderInterval = "Culvert-Interval"
 	// HeaderPushTime says when the push was made, in Unix seconds with at most 9
 	// decimals, where that is not now: it was relayed or imported. 0: never.

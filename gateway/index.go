@@ -47,7 +47,7 @@ type family struct {
 // families as the one before changes the image alone.
 type entry struct{ slot, n int32 }
 
-func (e entry) block(images []*image) *block { return &images[e.slot].blocks[e.n] }
+func (e entry) block(images []*image) block { return images[e.slot].block(int(e.n)) }
 
 // shape is a set of label names that are the key of some groups. Series of two
 // groups can be equal only where the labels of one contain the key of the other:
@@ -79,23 +79,21 @@ func (x *index) install(g *group, next state) {
 		g.state, x.images[g.slot] = next, next.image
 		return // what jobs do again and again: all entries are right as they are
 	}
-	if old != nil {
-		for i := range old.blocks {
-			if b := &old.blocks[i]; next.image.find(b.name()) == nil {
-				x.dropEntry(g, b)
-			}
+	for _, b := range old.blocks() {
+		if _, stays := next.image.find(b.name()); !stays {
+			x.dropEntry(g, b)
 		}
 	}
 	g.state, x.images[g.slot] = next, next.image
-	for i := range next.image.blocks {
+	for i := range next.image.parts {
 		x.putEntry(g, int32(i), old)
 	}
 }
 
 // remove takes a group out.
 func (x *index) remove(g *group) {
-	for i := range g.image.blocks {
-		x.dropEntry(g, &g.image.blocks[i])
+	for _, b := range g.image.blocks() {
+		x.dropEntry(g, b)
 	}
 	delete(x.groups, g.canonical.ID())
 	x.slots[g.slot], x.images[g.slot] = nil, nil
@@ -213,7 +211,7 @@ func (f *family) own() {
 // putEntry adds the n-th block of the group's image to its family, or replaces that
 // of the image before.
 func (x *index) putEntry(g *group, n int32, before *image) {
-	b := &g.image.blocks[n]
+	b := g.image.block(int(n))
 	m := b.meta.Value()
 	f := x.families[m.name]
 	if f == nil {
@@ -237,15 +235,15 @@ func (x *index) putEntry(g *group, n int32, before *image) {
 	}
 	f.kind = m.kind
 	f.helps[m.help]++
-	old := before.find(m.name)
-	if old != nil {
+	old, replaces := before.find(m.name)
+	if replaces {
 		f.lostHelp(old)
 	}
 	x.countDiffering(m.name, f)
 	switch {
 	case !f.differs:
 		f.help = m.help
-	case f.helpAt == 0 || old != nil && old.pushed == f.helpAt:
+	case f.helpAt == 0 || replaces && old.pushed == f.helpAt:
 		x.chooseHelp(f)
 	case b.pushed >= f.helpAt:
 		f.help, f.helpAt = m.help, b.pushed
@@ -265,14 +263,14 @@ func (x *index) countDiffering(name string, f *family) {
 	f.differs = len(f.helps) > 1
 }
 
-func (f *family) lostHelp(b *block) {
+func (f *family) lostHelp(b block) {
 	help := b.meta.Value().help
 	if f.helps[help]--; f.helps[help] == 0 {
 		delete(f.helps, help)
 	}
 }
 
-func (x *index) dropEntry(g *group, b *block) {
+func (x *index) dropEntry(g *group, b block) {
 	name := b.name()
 	f := x.families[name]
 	f.own()
@@ -392,8 +390,8 @@ func (s *Store) duplicate(g *group, p prepared) string {
 	}
 	for i, m := range f.Metric {
 		owner := s.groupOf(shapes, canonicalLabels(m.Label), func(other *group) bool {
-			b := other.image.find(p.name())
-			return b != nil && other.image.hasSeries(b, p.series[i])
+			b, ok := other.image.find(p.name())
+			return ok && slices.Contains(other.image.hashesOf(b), p.series[i])
 		})
 		if owner != nil {
 			return fmt.Sprintf("metric %q: the labels %s were already seen in the group %s", p.name(), labelString(m.Label), owner.key)

@@ -102,50 +102,38 @@ func (s *Store) repeat(g *group, e *edit) (*step, error) {
 // withValues returns the image with the values of a body of its layout, and with what
 // the gateway itself says of the state.
 func (im *image) withValues(values []float64, st state) *image {
-	next := &image{blocks: make([]block, len(im.blocks)), layout: im.layout, order: im.order}
-	// A value more or less has a digit more.
+	next := &image{frame: im.frame, places: make([]moving, len(im.places))}
+	// Of many values some get a digit more.
 	data := make([]byte, 0, len(im.data)+len(values)+16)
 	order := im.order
-	var generated [1]float64
-	for i := range im.blocks {
-		b := im.blocks[i] // the new one
-		text, proto := im.textOf(&b), im.protoOf(&b)
-		start := uint32(len(data))
-		data = append(data, im.data[b.start:b.start+8*b.series]...)
-		isOwn := isGenerated(b.name())
-		if isOwn {
-			generated[0] = st.generatedValue(b.name())
+	for i, b := range im.blocks() {
+		text, proto := im.textOf(b), im.protoOf(b)
+		generated := isGenerated(b.name())
+		value := func(n int) float64 { return values[order[n]] }
+		if generated {
+			own := st.generatedValue(b.name())
+			value = func(int) float64 { return own }
 		} else {
 			b.pushed = st.pushed
 		}
-		textStart, protoStart := len(data), 0
-		for n := range b.series {
-			value := generated[0]
-			if !isOwn {
-				value = values[order[n]]
-			}
+		b.start = uint32(len(data))
+		for n := range int(b.series) {
 			end := bytes.IndexByte(text, '\n')
 			data = append(data, text[:bytes.LastIndexByte(text[:end], ' ')+1]...)
-			data = append(appendFloat(data, value), '\n')
+			data = append(appendFloat(data, value(n)), '\n')
 			text = text[end+1:]
 		}
-		b.text = uint32(len(data) - textStart)
-		protoStart = len(data)
+		b.text = uint32(len(data)) - b.start
 		data = append(data, proto...)
 		n := 0
-		for place := range valuesOf(data[protoStart:]) {
-			value := generated[0]
-			if !isOwn {
-				value = values[order[n]]
-			}
-			binary.LittleEndian.PutUint64(place, math.Float64bits(value))
+		for at := range valuesOf(data[b.start+b.text:]) {
+			binary.LittleEndian.PutUint64(at, math.Float64bits(value(n)))
 			n++
 		}
-		if !isOwn {
+		if !generated {
 			order = order[b.series:]
 		}
-		b.start = start
-		next.blocks[i] = b
+		next.places[i] = b.moving
 	}
 	next.data = data
 	return next

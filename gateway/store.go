@@ -420,8 +420,8 @@ func (s *Store) Groups() []GroupInfo {
 		if g.failed > 0 {
 			infos[i].Failed = time.Unix(0, g.failed)
 		}
-		for j := range g.image.blocks {
-			if b := &g.image.blocks[j]; !isGenerated(b.name()) {
+		for _, b := range g.image.blocks() {
+			if !isGenerated(b.name()) {
 				infos[i].Series += int(b.series)
 			}
 		}

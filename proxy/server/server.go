@@ -384,6 +384,9 @@ func (s *Server) serveOwn(w http.ResponseWriter, r *http.Request) {
 		s.scrapePath(w, r, rest)
 		return
 	}
+	if s.servePlainPush(w, r) {
+		return
+	}
 	// Who reads none of the answer must not keep it in memory.
 	answer := http.NewResponseController(w)
 	answer.SetWriteDeadline(time.Now().Add(max(time.Minute, s.timeout(r.Header))))
