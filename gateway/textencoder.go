@@ -514,7 +514,7 @@ func legacyLabel(name []byte) bool {
 
 // plainFloat reads a float without the forms that the text format refuses.
 func plainFloat(s []byte) (float64, bool) {
-	if len(s) <= 15 { // integers that a float64 has exactly
+	if len(s) > 0 && len(s) <= 15 { // integers that a float64 has exactly
 		n := int64(0)
 		for i := 0; ; i++ {
 			if i == len(s) {
@@ -567,7 +567,7 @@ func shortDecimal(s []byte) (float64, bool) {
 			return 0, false
 		}
 	}
-	if !point || len(s) == 1 {
+	if !point || len(s) == 1 { // ParseFloat takes neither "" nor "."
 		return 0, false
 	}
 	return float64(digits) / powersOfTen[decimals], true
