@@ -9,6 +9,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -40,6 +41,7 @@ type flags struct {
 	log                        *promslog.Config
 	logLevelSet, logFormatSet  bool
 	doctorTarget               string
+	job                        jobFlags
 }
 
 // settings is what flags and file together say.
@@ -48,12 +50,27 @@ type settings struct {
 	MetricsAddress string
 }
 
-// parseFlags returns the command line and the command: "agent", "doctor" or "leave".
+// parseFlags returns the command line and the command: "agent", "doctor", "leave",
+// "check-config", "run" or "push". With an error too it returns the command, if
+// one was given.
 func parseFlags(args []string) (*flags, string, error) {
 	f := new(flags)
-	command, err := f.app().Parse(args)
+	app := f.app()
+	command, err := app.Parse(args)
+	parsed, _ := app.ParseContext(args)
 	if err != nil {
-		return nil, "", fmt.Errorf("%w; see --help", err)
+		if parsed != nil && parsed.SelectedCommand != nil {
+			command = parsed.SelectedCommand.FullCommand()
+		}
+		if command == "run" && !slices.Contains(args, "--") {
+			return nil, command, fmt.Errorf("%w; put -- in front of the job's command; see run --help", err)
+		}
+		return nil, command, fmt.Errorf("%w; see --help", err)
+	}
+	if command == "run" || command == "push" {
+		if err := onlyJobFlags(parsed); err != nil {
+			return nil, command, fmt.Errorf("%s: %w", command, err)
+		}
 	}
 	return f, command, nil
 }
@@ -104,6 +121,8 @@ func (f *flags) app() *kingpin.Application {
 	doctor := app.Command("doctor", "Check the way from here to the proxies and to a target, step by step, and say what to do.")
 	doctor.Arg("target", "Named target, PORT or HOST:PORT. All named targets by default.").StringVar(&f.doctorTarget)
 	app.Command("leave", "Have the proxies forget this agent now. Stop the agent first.")
+	app.Command("check-config", "Check flags and --config.file, and say what the agent would do.")
+	f.job.addTo(app)
 	return app
 }
 

@@ -4,12 +4,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -27,8 +29,11 @@ func main() {
 	version.Version = protocol.BuildVersion()
 	flags, command, err := parseFlags(os.Args[1:])
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "culvert-client: %v\n", err)
-		os.Exit(1)
+		complain(err)
+		os.Exit(usageCode(command))
+	}
+	if command == "run" {
+		runJob(flags) // before signals are caught that are the job's
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -37,13 +42,25 @@ func main() {
 		err = doctor(ctx, os.Stdout, flags)
 	case "leave":
 		err = leave(ctx, os.Stdout, flags)
+	case "check-config":
+		err = checkConfig(os.Stdout, flags)
+	case "push":
+		err = push(ctx, os.Stdin, flags)
 	default:
 		err = run(ctx, flags)
 	}
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "culvert-client: %v\n", err)
+		complain(err)
+		if coded, ok := errors.AsType[codedError](err); ok {
+			os.Exit(coded.code)
+		}
 		os.Exit(1)
 	}
+}
+
+// complain writes an error to standard error; each of its lines says whose it is.
+func complain(err error) {
+	fmt.Fprintf(os.Stderr, "culvert-client: %s\n", strings.ReplaceAll(err.Error(), "\n", "\nculvert-client: "))
 }
 
 // run keeps the tunnels until ctx ends.
