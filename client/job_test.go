@@ -176,7 +176,7 @@ func (c call) do(t *testing.T) (state *os.ProcessState, stdout, stderr string) {
 
 // job is call for a job, with a group {job="j"}.
 func job(url string, command ...string) call {
-	return call{args: append([]string{"run", "--job=j", "--push-url=" + url, "--push-timeout=20s", "--"}, command...)}
+	return call{args: append([]string{"run", "--job=j", "--push-url=" + url, "--push-timeout=50s", "--"}, command...)}
 }
 
 // doJob runs a job, and checks its exit code.
@@ -403,6 +403,16 @@ func TestRunPassesFilesOn(t *testing.T) {
 	if !regexp.MustCompile(`^a b\|/.*/culvert-client-run-.*/metrics.prom\|x\n` + regexp.QuoteMeta(here) + "\n$").MatchString(stdout) {
 		t.Errorf("the job's environment: %q", stdout)
 	}
+	// A PATH that has the current directory is the user's wish.
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "here"), []byte("#!/bin/sh\necho here\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c = job(proxy, "here")
+	c.prefix = []string{"sh", "-c", `cd "$0" && PATH=.:$PATH exec "$@"`, dir}
+	if stdout, _ := c.want(t, 0); stdout != "here\n" {
+		t.Errorf("the job wrote %q", stdout)
+	}
 	c = job(proxy, "printf", "%s\n", "", "@file", "-h", "--", "--job=x", "a  b")
 	if stdout, _ := c.want(t, 0); stdout != "\n@file\n-h\n--\n--job=x\na  b\n" {
 		t.Errorf("the job's arguments: %q", stdout)
@@ -452,11 +462,6 @@ func TestRunWithoutAnswer(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { ln.Close() }) // it never accepts
-	nobody, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	nobody.Close()
 	hang := make(chan struct{})
 	silent := serve(t, proxy, func(http.ResponseWriter, *http.Request, http.Handler) { <-hang })
 	t.Cleanup(func() { close(hang) })
@@ -470,7 +475,7 @@ func TestRunWithoutAnswer(t *testing.T) {
 	for _, c := range []struct{ name, url, want string }{
 		{"hangs", silent.URL, "no answer in time"},
 		{"never accepts", "http://" + ln.Addr().String(), "no answer in time"},
-		{"is not there", "http://" + nobody.Addr().String(), "connection refused"},
+		{"is not there", "http://127.0.0.1:1", "connection refused"},
 		{"no socket", "unix:" + filepath.Join(t.TempDir(), "none"), "no such file"},
 		{"503 and a long wait", busy.URL, "503 Service Unavailable: come later (tried once"},
 		{"redirects", moved.URL, "http://elsewhere.invalid/"},

@@ -31,14 +31,6 @@ var outcomes = []string{"success", "failure", "signal", "start_error"}
 
 // exposition returns the run's own metrics in text format 0.0.4, and those of them
 // that may be pushed twice: without the counter of runs, to which a push adds.
-//
-//	culvert_job_start_time_seconds         gauge    Unix time of the start
-//	culvert_job_duration_seconds           gauge
-//	culvert_job_exit_code                  gauge    as a shell tells it
-//	culvert_job_last_success_time_seconds  gauge    Unix time of the end; only of a success, so that it outlives failures
-//	culvert_job_cpu_seconds{mode}          gauge    mode: user, system
-//	culvert_job_peak_memory_bytes          gauge    where the system tells
-//	culvert_job_runs_total{outcome}        counter  outcome: see Result.Outcome
 func (r *Result) exposition() (all, again []byte) {
 	var b bytes.Buffer
 	family := func(name, kind, help string) {

@@ -3,6 +3,25 @@
 //
 // The job keeps what it would have without: its standard files, its environment,
 // its signals and its end. Whatever becomes of the push, the job is not touched.
+//
+// One push at the end brings the run's own metrics:
+//
+//	culvert_job_start_time_seconds         gauge    Unix time of the start
+//	culvert_job_duration_seconds           gauge
+//	culvert_job_exit_code                  gauge    Result.ExitCode
+//	culvert_job_last_success_time_seconds  gauge    Unix time of the end of the last run with exit code 0
+//	culvert_job_cpu_seconds{mode}          gauge    of the last run; mode is user or system
+//	culvert_job_peak_memory_bytes          gauge    Result.PeakMemory, where the system tells
+//	culvert_job_runs_total{outcome}        counter  Result.Outcome
+//
+// The push store adds the counter to what it has and replaces the gauges
+// (aggregate=sum, gauge=last): a store that doesn't know that, as the Pushgateway,
+// has the last run alone in the counter. A failed run doesn't name the time of the
+// last success, which so stays. A second push replaces those families that the job
+// wrote to $CULVERT_METRICS_FILE.
+//
+// A push to which an answer is lost may have been made. It is not made again, but
+// its gauges are: a run counts once or, seldom, not at all, and never twice.
 package jobrun
 
 import (
