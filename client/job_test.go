@@ -484,7 +484,7 @@ func TestRunWithoutAnswer(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			run := job(c.url, "sh", "-c", "echo x 1 >$CULVERT_METRICS_FILE; exit 5")
-			run.args[3] = "--push-timeout=1500ms"
+			run.args[3] = "--push-timeout=9s"
 			_, stderr := run.want(t, 5)
 			if !strings.Contains(stderr, c.want) || !strings.Contains(stderr, "push to "+c.url) {
 				t.Errorf("it said %q, want %q", stderr, c.want)
@@ -686,7 +686,7 @@ func TestPushURLs(t *testing.T) {
 		{flags: []string{"--push-url=" + proxy}, env: "http://unused.invalid"},
 		{flags: []string{"--push-url=" + withUser, "--tls.cacert=" + ca}},
 		{flags: []string{"--push-url=" + secured.URL, "--tls.cacert=" + ca}, stderr: "401 Unauthorized: who are you?"},
-		{flags: []string{"--push-url=" + withUser, "--push-timeout=1s"}, stderr: "certificate"},
+		{flags: []string{"--push-url=" + withUser}, stderr: "certificate"},
 		{flags: []string{"--push-url=" + withUser, "--tls.cacert=/nowhere.pem"}, stderr: "nothing will be pushed: TLS for pushes"},
 		{env: "ftp://u:secret@x", stderr: "nothing will be pushed: push URL"},
 	} {
@@ -782,7 +782,7 @@ func TestPush(t *testing.T) {
 		{"", []string{"--target=a=http://b"}, codeBadInput, "--target is the agent's"},
 		{strings.Repeat("#", maxPush+1), nil, codeBadInput, "more than 64 MiB"},
 		{"# TYPE c_total gauge\nc_total 1\n", nil, codeRefused, "400 Bad Request"},
-		{"a 1\n", []string{"--push-url=http://127.0.0.1:1", "--push-timeout=1s"}, codeNotPushed, "connection refused"},
+		{"a 1\n", []string{"--push-url=http://127.0.0.1:1", "--push-timeout=3s"}, codeNotPushed, "connection refused"},
 	} {
 		if stderr := push(t, c.code, c.body, c.args...); !strings.Contains(stderr, c.want) {
 			t.Errorf("%v: it said %q, want %q", c.args, stderr, c.want)

@@ -27,8 +27,8 @@ import (
 // DefaultURL is where an agent takes the pushes of its host.
 const DefaultURL = "http://127.0.0.1:9091"
 
-// ErrRefused is returned where the endpoint answered that it will not take a push,
-// so that trying again would be of no use.
+// ErrRefused is returned where trying again would be of no use: the endpoint answered
+// that it will not take the push, or its certificate is not to be trusted.
 var ErrRefused = errors.New("refused")
 
 const (
@@ -185,7 +185,8 @@ func (p *Pusher) NewPush(method string, body []byte) (Push, error) {
 // waits as Retry-After asks; where that is longer than the time that is left, it
 // gives up at once. uncertain tells that Instead was taken, and Body may have been.
 //
-// It returns ErrRefused for any other answer that is no success.
+// It returns ErrRefused for any other answer that is no success, and for a certificate
+// that can't be verified.
 func (p *Pusher) Push(ctx context.Context, push Push) (uncertain bool, err error) {
 	deadline, ok := ctx.Deadline()
 	if !ok {
@@ -266,6 +267,9 @@ func (p *Pusher) try(ctx context.Context, push Push, body []byte, add bool) (arr
 	if err != nil {
 		if reason, ok := errors.AsType[*url.Error](err); ok {
 			err = reason.Err
+		}
+		if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
+			err = fmt.Errorf("%w: %w; name the CA with --tls.cacert", ErrRefused, err)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
 			err = errors.New("no answer in time")
