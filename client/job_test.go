@@ -446,9 +446,11 @@ func TestRunLargeOutput(t *testing.T) {
 	if m == nil {
 		t.Fatalf("no VmHWM in:\n%s", status)
 	}
-	if kib, _ := strconv.Atoi(string(m[1])); kib > 200<<10 {
-		t.Errorf("culvert-client took %d MiB", kib>>10)
+	kib, err := strconv.Atoi(string(m[1]))
+	if err != nil || kib > 100<<10 { // with -race it takes about twice what it does without
+		t.Errorf("culvert-client took %d MiB, %v", kib>>10, err)
 	}
+	t.Logf("culvert-client took %d MiB", kib>>10)
 	io.WriteString(r.stdin, "end\n")
 	r.wantEnd(t, 0)
 }
