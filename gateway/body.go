@@ -252,12 +252,27 @@ func (f format) parse(body []byte) ([]*dto.MetricFamily, error) {
 	if err != nil {
 		return nil, err
 	}
+	return sortFamilies(families), nil
+}
+
+func sortFamilies(families map[string]*dto.MetricFamily) []*dto.MetricFamily {
 	sorted := make([]*dto.MetricFamily, 0, len(families))
 	for _, family := range families {
 		sorted = append(sorted, family)
 	}
 	slices.SortFunc(sorted, func(a, b *dto.MetricFamily) int { return strings.Compare(a.GetName(), b.GetName()) })
-	return sorted, nil
+	return sorted
+}
+
+// ParseText reads text format 0.0.4 as a push in that format is read, and returns
+// the families sorted by name. Nothing of them refers to body. Timestamps are kept,
+// and labels are not checked: see CheckSeries.
+func ParseText(body []byte) ([]*dto.MetricFamily, error) {
+	families, err := parseText(body)
+	if err != nil {
+		return nil, err
+	}
+	return sortFamilies(families), nil
 }
 
 // parseText reads text format 0.0.4.

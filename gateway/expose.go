@@ -2,8 +2,9 @@ package gateway
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
-	"io"
+	"iter"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -54,21 +55,8 @@ func expose(w http.ResponseWriter, r *http.Request, views map[string]*view, own 
 		}
 		v.own, v.kind, v.help = f, f.GetType(), f.GetHelp()
 	}
-	format := negotiate(r.Header)
-	w.Header().Set("Content-Type", string(format))
-	w.Header().Add("Vary", "Accept, Accept-Encoding")
-	var out io.Writer = w
-	if acceptsGzip(r.Header) {
-		w.Header().Set("Content-Encoding", "gzip")
-		zw := gzipWriters.Get().(*gzip.Writer)
-		zw.Reset(w)
-		defer func() {
-			zw.Close()
-			gzipWriters.Put(zw)
-		}()
-		out = zw
-	}
-	buffered := bufio.NewWriterSize(out, 64<<10)
+	format, buffered, done := startExposition(w, r)
+	defer done()
 	for _, name := range slices.Sorted(maps.Keys(views)) {
 		if err := views[name].write(buffered, format); err != nil {
 			// The status is out: what is written must not pass for the whole.
@@ -80,6 +68,59 @@ func expose(w http.ResponseWriter, r *http.Request, views map[string]*view, own 
 		expfmt.FinalizeOpenMetrics(buffered)
 	}
 	buffered.Flush()
+}
+
+// ServeFamilies answers a scrape with families that come sorted by name, in the
+// format and encoding that the request asks for: protobuf or text 0.0.4, and
+// OpenMetrics for a client that accepts neither. It holds one of them at a time.
+//
+// Families of one name that come in a row are parts of one, and must agree in what
+// describes it. In protobuf each part is a message of its own, which Prometheus
+// takes for the same. A family that can't be encoded is left out and logged.
+func ServeFamilies(w http.ResponseWriter, r *http.Request, families iter.Seq[*dto.MetricFamily], logger *slog.Logger) {
+	format, out, done := startExposition(w, r)
+	defer done()
+	var encoded bytes.Buffer
+	last := ""
+	for f := range families {
+		encoded.Reset()
+		if err := expfmt.NewEncoder(&encoded, format).Encode(f); err != nil {
+			logger.Error("A family can't be written", "metric", f.GetName(), "err", err)
+			continue
+		}
+		text := encoded.Bytes()
+		if last == f.GetName() && format.FormatType() != expfmt.TypeProtoDelim {
+			for bytes.HasPrefix(text, []byte("# ")) { // HELP, TYPE, UNIT
+				_, text, _ = bytes.Cut(text, []byte("\n"))
+			}
+		}
+		last = f.GetName()
+		if _, err := out.Write(text); err != nil {
+			return // the scraper went away
+		}
+	}
+	if format.FormatType() == expfmt.TypeOpenMetrics {
+		expfmt.FinalizeOpenMetrics(out)
+	}
+	out.Flush()
+}
+
+// startExposition negotiates how a scrape is answered, and writes the header. done
+// ends the compression, and must be called after the writer was flushed.
+func startExposition(w http.ResponseWriter, r *http.Request) (format expfmt.Format, out *bufio.Writer, done func()) {
+	format = negotiate(r.Header)
+	w.Header().Set("Content-Type", string(format))
+	w.Header().Add("Vary", "Accept, Accept-Encoding")
+	if !acceptsGzip(r.Header) {
+		return format, bufio.NewWriterSize(w, 64<<10), func() {}
+	}
+	w.Header().Set("Content-Encoding", "gzip")
+	zw := gzipWriters.Get().(*gzip.Writer)
+	zw.Reset(w)
+	return format, bufio.NewWriterSize(zw, 64<<10), func() {
+		zw.Close()
+		gzipWriters.Put(zw)
+	}
 }
 
 var gzipWriters = sync.Pool{New: func() any {

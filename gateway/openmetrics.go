@@ -41,6 +41,38 @@ const (
 // histogram, and sums can be NaN or negative. Timestamps of samples are kept, for
 // the caller to refuse.
 func parseOpenMetrics(body []byte) (map[string]*dto.MetricFamily, error) {
+	r, err := readOpenMetrics(body)
+	if err != nil {
+		return nil, err
+	}
+	return r.families, nil
+}
+
+// FoundFamily is a family and where it was found.
+type FoundFamily struct {
+	*dto.MetricFamily
+	// Start and End are the bytes of the body that hold all its lines and no other
+	// family's. Read alone, they give the same family.
+	Start, End int
+}
+
+// ParseOpenMetrics reads OpenMetrics 1.0 text as a push in that format is read, and
+// returns the families sorted by name. Nothing of them refers to body. Timestamps are
+// kept, and labels are not checked: see CheckSeries.
+func ParseOpenMetrics(body []byte) ([]FoundFamily, error) {
+	r, err := readOpenMetrics(body)
+	if err != nil {
+		return nil, err
+	}
+	found := make([]FoundFamily, 0, len(r.families))
+	for name, f := range r.families {
+		found = append(found, FoundFamily{f, r.places[name][0], r.places[name][1]})
+	}
+	slices.SortFunc(found, func(a, b FoundFamily) int { return strings.Compare(a.GetName(), b.GetName()) })
+	return found, nil
+}
+
+func readOpenMetrics(body []byte) (*openMetricsReader, error) {
 	// A push has a length, so it is whole without the end mark: the Go client's push
 	// package writes none.
 	text, ended := bytes.CutSuffix(bytes.TrimSuffix(body, []byte("\n")), []byte("\n# EOF"))
@@ -54,8 +86,9 @@ func parseOpenMetrics(body []byte) (map[string]*dto.MetricFamily, error) {
 	default:
 		text = body
 	}
-	r := openMetricsReader{
+	r := &openMetricsReader{
 		families: map[string]*dto.MetricFamily{},
+		places:   map[string][2]int{},
 		owners:   map[string]string{},
 		seen:     map[uint64]struct{}{},
 		symbols:  labels.NewSymbolTable(),
@@ -67,11 +100,12 @@ func parseOpenMetrics(body []byte) (map[string]*dto.MetricFamily, error) {
 			return nil, fmt.Errorf("line %d: %.400w", n, err)
 		}
 		n++
+		r.offset += len(line)
 	}
 	if err := r.endFamily(); err != nil {
 		return nil, fmt.Errorf("line %d: %.400w", n, err)
 	}
-	return r.families, nil
+	return r, nil
 }
 
 // openMetricsType is what a type of OpenMetrics means.
@@ -110,16 +144,19 @@ var openMetricsTypes = map[model.MetricType]openMetricsType{
 // openMetricsReader puts families together, line by line.
 type openMetricsReader struct {
 	families map[string]*dto.MetricFamily
+	places   map[string][2]int // of the families: where they start and end
 	// owners are the families' names by the names that they and their samples have or
 	// could have.
 	owners  map[string]string
 	seen    map[uint64]struct{} // hashes of the series
 	symbols *labels.SymbolTable
 	line    []byte // that is being read, with the # EOF that the parser wants
+	offset  int    // of it in the body
 
-	// The family that is being read, nil in front of the first, and its name and type
-	// in the body.
+	// The family that is being read, nil in front of the first, its name and type in
+	// the body, and where it starts.
 	family *dto.MetricFamily
+	start  int
 	name   string
 	kind   model.MetricType
 	// metric is its last series, which is not complete yet.
@@ -228,7 +265,7 @@ func (r *openMetricsReader) startFamily(name string) error {
 	if !model.UTF8Validation.IsValidMetricName(name) {
 		return fmt.Errorf("metric name %q is empty or not UTF-8", name)
 	}
-	r.name, r.kind, r.family = name, model.MetricTypeUnknown, &dto.MetricFamily{Name: &name}
+	r.name, r.kind, r.family, r.start = name, model.MetricTypeUnknown, &dto.MetricFamily{Name: &name}, r.offset
 	return r.own(name)
 }
 
@@ -255,6 +292,7 @@ func (r *openMetricsReader) endFamily() error {
 		r.family.Type = dto.MetricType_UNTYPED.Enum()
 	}
 	r.families[r.family.GetName()] = r.family
+	r.places[r.family.GetName()] = [2]int{r.start, r.offset}
 	return nil
 }
 

@@ -195,6 +195,17 @@ func checkValue(m *dto.Metric) error {
 	return nil
 }
 
+// CheckSeries tells what Prometheus would refuse, with all else that is in the
+// scrape, of a series of the given type: its labels, which have to be sorted by name, its
+// exemplars and its native histogram.
+func CheckSeries(m *dto.Metric, kind dto.MetricType) error {
+	if err := checkValue(m); err != nil {
+		return err
+	}
+	_, err := checkLabels(m.Label, kind)
+	return err
+}
+
 // forced returns the labels that every series of a group has: those of its key,
 // and instance="" where that lacks one.
 func (k Key) forced() []*dto.LabelPair {
@@ -266,6 +277,9 @@ func checkLabels(labels []*dto.LabelPair, kind dto.MetricType) (foreign bool, er
 func sameLabel(a, b *dto.LabelPair) bool {
 	return a.GetName() == b.GetName() && a.GetValue() == b.GetValue()
 }
+
+// CompareSeries orders series as an exposition of the Go client library has them.
+func CompareSeries(a, b *dto.Metric) int { return compareSeries(a, b) }
 
 // compareSeries orders series by the number of labels, then by their values, then
 // by their names.
