@@ -10,10 +10,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/alecthomas/kingpin/v2"
+	"github.com/alecthomas/units"
 	"github.com/prometheus/common/config"
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/common/promslog"
@@ -38,6 +40,11 @@ type flags struct {
 	initialWaitSet, maxWaitSet bool
 	metricsAddress             string
 	metricsAddressSet          bool
+	textfileDirectories        []string
+	textfileMaxAge             model.Duration
+	textfileMaxAgeSet          bool
+	textfileMaxFileSize        units.Base2Bytes
+	textfileMaxFileSizeSet     bool
 	log                        *promslog.Config
 	logLevelSet, logFormatSet  bool
 	doctorTarget               string
@@ -110,8 +117,14 @@ func (f *flags) app() *kingpin.Application {
 		Default("1s").IsSetByUser(&f.initialWaitSet).DurationVar(&f.initialWait)
 	app.Flag("proxy.retry.max-wait", "Upper bound that the waits grow to, by half each time.").
 		Default("5s").IsSetByUser(&f.maxWaitSet).DurationVar(&f.maxWait)
-	app.Flag("metrics-addr", "Address for the agent's own metrics; empty: none.").
+	app.Flag("metrics-addr", "Address for what the target \"agent\" serves, the agent's own metrics and the textfiles; empty: none.").
 		Default(":9369").IsSetByUser(&f.metricsAddressSet).StringVar(&f.metricsAddress)
+	app.Flag("textfile.directory", "Directory, or pattern of directories, whose *.prom and *.om files the target \"agent\" serves. Repeatable.").
+		StringsVar(&f.textfileDirectories)
+	app.Flag("textfile.max-age", "Textfiles that were last modified longer ago are left out; 0: no limit.").
+		Default("0s").IsSetByUser(&f.textfileMaxAgeSet).SetValue(&f.textfileMaxAge)
+	app.Flag("textfile.max-file-size", "Textfiles that are larger are left out.").
+		Default("16MiB").IsSetByUser(&f.textfileMaxFileSizeSet).BytesVar(&f.textfileMaxFileSize)
 	app.Flag(promslogflag.LevelFlagName, promslogflag.LevelFlagHelp).
 		Default("info").HintOptions(promslog.LevelFlagOptions...).IsSetByUser(&f.logLevelSet).SetValue(f.log.Level)
 	app.Flag(promslogflag.FormatFlagName, promslogflag.FormatFlagHelp).
@@ -139,6 +152,7 @@ type file struct {
 	RetryInitialWait model.Duration    `yaml:"retry_initial_wait"`
 	RetryMaxWait     model.Duration    `yaml:"retry_max_wait"`
 	MetricsAddress   *string           `yaml:"metrics_address"`
+	Textfile         fileTextfile      `yaml:"textfile"`
 	LogLevel         string            `yaml:"log_level"`
 	LogFormat        string            `yaml:"log_format"`
 }
@@ -155,6 +169,33 @@ func (t *fileTarget) UnmarshalYAML(unmarshal func(any) error) error {
 	t.HTTP = config.DefaultHTTPClientConfig
 	type plain fileTarget
 	return unmarshal((*plain)(t))
+}
+
+type fileTextfile struct {
+	Directories []string       `yaml:"directories"`
+	MaxAge      model.Duration `yaml:"max_age"`
+	MaxFileSize fileBytes      `yaml:"max_file_size"`
+}
+
+// fileBytes is a size as in 16MiB.
+type fileBytes units.Base2Bytes
+
+// UnmarshalYAML takes a number of bytes as well.
+func (b *fileBytes) UnmarshalYAML(unmarshal func(any) error) error {
+	var text string
+	if err := unmarshal(&text); err != nil {
+		return err
+	}
+	if n, err := strconv.ParseInt(text, 10, 64); err == nil {
+		*b = fileBytes(n)
+		return nil
+	}
+	n, err := units.ParseBase2Bytes(text)
+	if err != nil {
+		return fmt.Errorf("%q is not a size; write it as in 16MiB", text)
+	}
+	*b = fileBytes(n)
+	return nil
 }
 
 type fileHost struct {
@@ -234,6 +275,15 @@ func (f *flags) load() (*settings, error) {
 	if c.RetryMaxWait > 0 && !f.maxWaitSet {
 		s.Agent.RetryMaxWait = time.Duration(c.RetryMaxWait)
 	}
+	s.Agent.Textfile.Directories = append(append([]string{}, f.textfileDirectories...), c.Textfile.Directories...)
+	s.Agent.Textfile.MaxAge = time.Duration(f.textfileMaxAge)
+	if !f.textfileMaxAgeSet && c.Textfile.MaxAge > 0 {
+		s.Agent.Textfile.MaxAge = time.Duration(c.Textfile.MaxAge)
+	}
+	s.Agent.Textfile.MaxFileSize = int64(f.textfileMaxFileSize)
+	if !f.textfileMaxFileSizeSet && c.Textfile.MaxFileSize != 0 {
+		s.Agent.Textfile.MaxFileSize = int64(c.Textfile.MaxFileSize)
+	}
 	if len(f.labels) > 0 {
 		s.Agent.Labels = maps.Clone(c.Labels)
 		if s.Agent.Labels == nil {
@@ -289,6 +339,9 @@ func parseFile(text []byte, dir string) (file, error) {
 	c.TLS.SetDirectory(dir)
 	for i := range c.Targets {
 		c.Targets[i].HTTP.SetDirectory(dir)
+	}
+	for i, directory := range c.Textfile.Directories {
+		c.Textfile.Directories[i] = config.JoinDir(dir, directory)
 	}
 	return c, nil
 }

@@ -18,7 +18,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	versioncollector "github.com/prometheus/client_golang/prometheus/collectors/version"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/common/version"
 
 	"github.com/culvert-io/culvert/client/agent"
@@ -79,7 +78,7 @@ func run(ctx context.Context, flags *flags) error {
 		return err
 	}
 	logger.Info("Starting culvert-client", "agent", a.Name(), "version", version.Info())
-	if len(settings.Agent.Allow) == 0 && len(settings.Agent.Targets) == 0 {
+	if len(settings.Agent.Allow) == 0 && len(settings.Agent.Targets) == 0 && len(settings.Agent.Textfile.Directories) == 0 {
 		logger.Warn("Nothing may be scraped but the agent itself; allow ports with --allow=9100, or name targets with --target=NAME=URL")
 	}
 	stopMetrics := serveMetrics(settings.MetricsAddress, a, logger)
@@ -118,8 +117,8 @@ func reload(flags *flags, a *agent.Agent, registry *prometheus.Registry, metrics
 	return a.Reload(settings.Agent)
 }
 
-// serveMetrics serves the agent's own metrics on every path, as PushProx's client
-// does; that the address can't be had is only logged, as there. It returns what
+// serveMetrics serves what the target "agent" serves, on every path, as PushProx's
+// client does; that the address can't be had is only logged, as there. It returns what
 // stops it.
 func serveMetrics(address string, a *agent.Agent, logger *slog.Logger) func() {
 	if address == "" {
@@ -131,7 +130,7 @@ func serveMetrics(address string, a *agent.Agent, logger *slog.Logger) func() {
 		return func() {}
 	}
 	server := &http.Server{
-		Handler:           promhttp.HandlerFor(a.Gatherer(), promhttp.HandlerOpts{EnableOpenMetrics: true}),
+		Handler:           a.Handler(),
 		ReadHeaderTimeout: 10 * time.Second,
 		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
 	}

@@ -46,7 +46,8 @@ retry_initial_wait: 2s
 retry_max_wait: 7s
 metrics_address: ""
 local_host: 127.0.0.1
-`, "--proxy-url=http://a:8080", "--fqdn=from-flag", "--label=env=test", "--allow=1-5,7", "--target=node=http://localhost:9100", "--host=x.lan", "--proxy.retry.max-wait=9s")
+textfile: {directories: [/b/*, c], max_age: 1d, max_file_size: 1MiB}
+`, "--textfile.directory=/a", "--textfile.max-file-size=2MiB", "--proxy-url=http://a:8080", "--fqdn=from-flag", "--label=env=test", "--allow=1-5,7", "--target=node=http://localhost:9100", "--host=x.lan", "--proxy.retry.max-wait=9s")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,6 +70,12 @@ local_host: 127.0.0.1
 	if c.RetryInitialWait != 2*time.Second || c.RetryMaxWait != 9*time.Second {
 		t.Errorf("waits %s %s", c.RetryInitialWait, c.RetryMaxWait)
 	}
+	if d := c.Textfile.Directories; len(d) != 3 || d[0] != "/a" || d[1] != "/b/*" || !filepath.IsAbs(d[2]) || filepath.Base(d[2]) != "c" {
+		t.Errorf("textfile directories %q", d)
+	}
+	if c.Textfile.MaxAge != 24*time.Hour || c.Textfile.MaxFileSize != 2<<20 {
+		t.Errorf("textfiles: %+v", c.Textfile)
+	}
 	if _, err := agent.New(c); err != nil {
 		t.Error(err)
 	}
@@ -81,6 +88,8 @@ func TestLoadErrors(t *testing.T) {
 		{"allow: [{a: 1}]", "", "PORT-PORT"},
 		{"targets: [{name: a, url: 'http://x', basic_auth: {}, oauth3: {}}]", "", "oauth3"},
 		{"log_level: loud", "", "log_level"},
+		{"textfile: {max_file_size: big}", "", `"big"`},
+		{"", "--textfile.max-age=-1s", "-1s"},
 		{"tls_config: {ca_file: nowhere.pem}", "", "nowhere.pem"},
 		{"", "--config.file=nowhere.yml", "nowhere.yml"},
 		{"", "--allow=x", `"x"`},

@@ -23,10 +23,10 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/config"
 
+	"github.com/culvert-io/culvert/client/textfile"
 	"github.com/culvert-io/culvert/protocol"
 )
 
@@ -56,8 +56,11 @@ type Config struct {
 	// which grows by half with each failure.
 	RetryInitialWait, RetryMaxWait time.Duration
 	// Gatherer adds to what the target "agent" serves, beside the agent's own
-	// metrics.
+	// metrics, which win where both have a series.
 	Gatherer prometheus.Gatherer
+	// Textfile names directories of textfiles, which the target "agent" serves too. No
+	// Directories, no textfile collector. Its Logger is the agent's by default.
+	Textfile textfile.Config
 	// ShutdownTimeout bounds how long running scrapes may take after Run's context
 	// has ended, and the proxies were told, for which there are 3 s. 10 s by default.
 	ShutdownTimeout time.Duration
@@ -214,10 +217,18 @@ func (a *Agent) release(id string, l *link) {
 // Name returns the agent's name.
 func (a *Agent) Name() string { return a.current.Load().name }
 
-// Gatherer returns what the target "agent" serves.
+// Gatherer returns what the target "agent" serves. With many textfiles, Handler
+// needs less memory.
 func (a *Agent) Gatherer() prometheus.Gatherer {
 	return prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
-		return a.current.Load().gatherer.Gather()
+		return a.current.Load().self.Gather()
+	})
+}
+
+// Handler serves what the target "agent" serves, on every path.
+func (a *Agent) Handler() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		a.current.Load().self.ServeHTTP(w, r)
 	})
 }
 
@@ -331,8 +342,7 @@ type snapshot struct {
 	hosts        map[string]string // exact names, to addresses
 	wildcards    map[string]string // suffixes ".example.net", to addresses
 	ports        *http.Transport   // for scrapes of ports
-	self         http.Handler      // the target "agent"
-	gatherer     prometheus.Gatherer
+	self         *self             // the target "agent"
 }
 
 func (a *Agent) newSnapshot(cfg Config) (*snapshot, error) {
@@ -386,15 +396,10 @@ func (a *Agent) newSnapshot(cfg Config) (*snapshot, error) {
 	if err := s.registration.Check(s.name); err != nil {
 		return nil, err
 	}
-	s.gatherer = a.metrics.registry
-	if cfg.Gatherer != nil {
-		s.gatherer = prometheus.Gatherers{a.metrics.registry, cfg.Gatherer}
+	var err error
+	if s.self, err = newSelf(a.metrics, cfg); err != nil {
+		return nil, err
 	}
-	s.self = promhttp.HandlerFor(s.gatherer, promhttp.HandlerOpts{
-		ErrorLog:          slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelError),
-		ErrorHandling:     promhttp.ContinueOnError,
-		EnableOpenMetrics: true,
-	})
 	return s, nil
 }
 

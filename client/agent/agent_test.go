@@ -7,6 +7,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -477,6 +479,48 @@ func TestHandler(t *testing.T) {
 		if problem.Metric != "mine" {
 			t.Errorf("%s: %s", problem.Metric, problem.Text)
 		}
+	}
+}
+
+// TestSelf puts the target "agent" together: the agent's own metrics, a gatherer's,
+// textfiles. Clashes cost the later source its series, and no scrape.
+func TestSelf(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := func(name, text string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file("a.prom", "# TYPE mine gauge\nmine{by=\"file\"} 1\nculvert_client_connected 5\n# TYPE job_bytes counter\njob_bytes 7\n")
+	file("bad.prom", "half")
+	registry := prometheus.NewRegistry()
+	for _, name := range []string{"mine", "culvert_client_streams"} {
+		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: "From a gatherer."}, func() float64 { return 99 }))
+	}
+	p := newProxy(t, nil)
+	a := newAgent(t, p, func(c *agent.Config) {
+		c.Gatherer = registry
+		c.Textfile.Directories = []string{dir}
+	})
+	for range 2 { // what a scrape leaves out is counted by the next
+		for _, line := range []string{"# HELP mine From a gatherer.\n# TYPE mine gauge\nmine 99\nmine{by=\"file\"} 1\n", "\njob_bytes 7\n", "\nnode_textfile_scrape_error 1\n", "\nculvert_client_connected{proxy="} {
+			p.want("http://agent.web-1/metrics", 200, line)
+		}
+	}
+	_, body := p.get("http://agent.web-1/metrics")
+	if strings.Contains(body, "streams 99") || strings.Contains(body, "connected 5") || !strings.Contains(body, "\nculvert_client_dropped_series_total 8\n") {
+		t.Errorf("got %s", body)
+	}
+	if n := a.logs.count("A textfile or directory is left out", "bad.prom"); n != 1 {
+		t.Errorf("%d lines in the log for 9 scrapes", n)
+	}
+	if err := a.Reload(a.config(func(c *agent.Config) { c.Textfile.Directories = nil })); err != nil {
+		t.Fatal(err)
+	}
+	if _, body := p.get("http://agent.web-1/metrics"); strings.Contains(body, "node_textfile_") || !strings.Contains(body, "culvert_client_connected{") {
+		t.Errorf("without directories: %s", body)
 	}
 }
 

@@ -18,6 +18,7 @@ type metrics struct {
 	bytes      prometheus.Counter
 	connects   *prometheus.CounterVec
 	reconnects *prometheus.CounterVec
+	dropped    prometheus.Counter
 }
 
 func newMetrics(a *Agent) *metrics {
@@ -52,8 +53,12 @@ func newMetrics(a *Agent) *metrics {
 			Name: "culvert_client_reconnects_total",
 			Help: "Sessions that ended and made the agent dial again, by reason. A steady rise of silent or lost points to the network between.",
 		}, []string{"proxy", "reason"}),
+		dropped: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "culvert_client_dropped_series_total",
+			Help: "Series that scrapes of the agent itself left out because the agent has the same one, or the same name with another type, from another source. Those of textfiles are in culvert_client_textfile_dropped_series.",
+		}),
 	}
-	m.registry.MustRegister(m.scrapes, m.duration, m.inFlight, m.bytes, m.connects, m.reconnects,
+	m.registry.MustRegister(m.scrapes, m.duration, m.inFlight, m.bytes, m.connects, m.reconnects, m.dropped,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "culvert_client_streams",
 			Help: "Open streams of all sessions, the pooled ones included.",

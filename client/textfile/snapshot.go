@@ -123,7 +123,7 @@ func (m *merged) accept(of meta) (reason string) {
 	const most = 100
 	switch {
 	case of.kind != m.kind:
-		return fmt.Sprintf("it is a %s here, and a %s in %s", kindName(of.kind), kindName(m.kind), first)
+		return fmt.Sprintf("its TYPE is %s here, and %s in %s", kindName(of.kind), kindName(m.kind), first)
 	case m.conflict:
 		return "other files have different HELP texts for it; use one text in all files"
 	case of.help != "" && m.help != "" && of.help != m.help && !m.fixed:
@@ -275,24 +275,23 @@ func (s *Snapshot) Families() iter.Seq[*dto.MetricFamily] {
 		r := reader{collector: s.collector, replaced: map[*file]*file{}}
 		for _, m := range s.families {
 			metrics := m.other
-			small := m.series <= maxSorted
-			for _, p := range m.parts {
-				if !small && len(metrics) > 0 {
-					if !yield(m.family(metrics)) {
+			switch {
+			case len(m.parts) == 0:
+			case len(m.parts) == 1 && len(m.other) == 0:
+				metrics = r.load(m.parts[0])
+			case m.series <= maxSorted:
+				metrics = slices.Clone(m.other)
+				for _, p := range m.parts {
+					metrics = append(metrics, r.load(p)...)
+				}
+				slices.SortStableFunc(metrics, gateway.CompareSeries)
+			default:
+				for _, p := range m.parts {
+					if len(metrics) > 0 && !yield(m.family(metrics)) {
 						return
 					}
-					metrics = nil
+					metrics = r.load(p)
 				}
-				own := r.load(p)
-				if len(metrics) == 0 {
-					metrics = own
-				} else {
-					metrics = slices.Concat(metrics, own)
-				}
-			}
-			if small && len(m.parts) > 0 && (len(m.parts) > 1 || len(m.other) > 0) {
-				metrics = slices.Clone(metrics)
-				slices.SortStableFunc(metrics, gateway.CompareSeries)
 			}
 			if len(metrics) > 0 && !yield(m.family(metrics)) {
 				return
@@ -305,8 +304,9 @@ func (s *Snapshot) Families() iter.Seq[*dto.MetricFamily] {
 func (s *Snapshot) Gather() (families []*dto.MetricFamily) {
 	for f := range s.Families() {
 		if n := len(families); n > 0 && families[n-1].GetName() == f.GetName() {
-			families[n-1].Metric = slices.Concat(families[n-1].Metric, f.Metric)
+			families[n-1].Metric = append(families[n-1].Metric, f.Metric...)
 		} else {
+			f.Metric = slices.Clip(f.Metric) // what is behind may be another's
 			families = append(families, f)
 		}
 	}

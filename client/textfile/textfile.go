@@ -17,8 +17,9 @@
 //     UTF-8 make a bad file. Histograms with fractional counts keep them.
 //   - node_textfile_mtime_seconds has fractions.
 //   - A directory that is reached twice is read once.
-//   - Families of more than maxSorted series that stand in several files are sorted
-//     file by file, not as a whole.
+//   - A label without a value tells no series apart, since Prometheus takes it for none.
+//   - Families of more than 4,096 series that stand in several files are sorted file by
+//     file, not as a whole.
 //
 // # Memory
 //
