@@ -180,7 +180,7 @@ func (m *merged) dropDuplicates(all []uint64, found *problems) []uint64 {
 	for _, metric := range m.other {
 		others = append(others, hashSeries(metric.Label))
 	}
-	all = append(all, others...)
+	all = append(slices.Grow(all, m.series), others...)
 	for _, p := range m.parts {
 		all = append(all, p.family.series...)
 	}
