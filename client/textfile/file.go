@@ -67,7 +67,7 @@ func (f *file) unchanged(info os.FileInfo) bool {
 }
 
 func sameFile(a, b os.FileInfo) bool {
-	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size()
+	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size() && a.Mode() == b.Mode()
 }
 
 // read reads a file into buffer and makes its index. Its series are kept where it has no

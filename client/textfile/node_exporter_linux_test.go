@@ -86,6 +86,11 @@ func TestPermission(t *testing.T) {
 	}
 	os.Chmod(filepath.Join(d.path, "ok/b.prom"), 0o644)
 	expect(untyped("m", "ok/a.prom", "m 1")+untyped("n", "ok/b.prom", "n 1"), "closed permission")
+	// What may be read no more is not served from memory.
+	d.age("ok/b.prom", time.Hour)
+	expect(untyped("m", "ok/a.prom", "m 1")+untyped("n", "ok/b.prom", "n 1"), "closed permission")
+	os.Chmod(filepath.Join(d.path, "ok/b.prom"), 0)
+	expect(untyped("m", "ok/a.prom", "m 1"), "closed permission, ok/b.prom permission")
 }
 
 // TestFIFO: nobody waits for who might write into one.

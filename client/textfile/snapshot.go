@@ -1,6 +1,7 @@
 package textfile
 
 import (
+	"errors"
 	"fmt"
 	"iter"
 	"maps"
@@ -382,7 +383,11 @@ func (f *file) same(as *family) *family {
 // leave gives up on what is left of a file.
 func (r *reader) leave(f *file, err error) {
 	r.replaced[f] = nil
-	fail := failf(ReasonChanged, "%s: what came in the last exposition is not all of it: %w", f.path, err)
+	reason := ReasonChanged
+	if fail, ok := errors.AsType[*failure](err); ok {
+		reason = fail.reason
+	}
+	fail := failf(reason, "%s: what came in the last exposition is not all of it: %w", f.path, err)
 	r.collector.mu.Lock()
 	r.collector.late[f.path] = fail
 	r.collector.mu.Unlock()

@@ -23,7 +23,7 @@
 //
 // # Memory
 //
-// Of a file that has not changed (by modification time, size and inode), small ones stay
+// Of a file that has not changed (by modification time, size, inode and permissions), small ones stay
 // in memory as they were parsed. Of all others an index stays, of 8 bytes a series and
 // some more a family; the samples are read again, one family of one file at a
 // time, while the exposition is written. So any number of files takes the memory of one
