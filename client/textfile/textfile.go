@@ -23,10 +23,10 @@
 //
 // # Memory
 //
-// Of a file that has not changed (by modification time, size, inode and permissions), small ones stay
-// in memory as they were parsed. Of all others an index stays, of 8 bytes a series and
-// some more a family; the samples are read again, one family of one file at a
-// time, while the exposition is written. So any number of files takes the memory of one
+// Of files that have not changed (by modification time, size, inode and permissions),
+// small ones stay in memory as they were parsed. Of all others an index stays, of 8 bytes
+// a series and some more a family; the samples are read again, one family of one file at
+// a time, while the exposition is written. So any number of files takes the memory of one
 // file, a constant, and the index.
 //
 // A file that is replaced while an exposition is written goes on with the new one's
