@@ -1,6 +1,7 @@
 // Command quickstart runs Culvert's main job on one machine and shows it: an
-// exporter that listens on loopback only, an agent that dials out to a proxy, a
-// batch job that pushes to it, and scrapes the way Prometheus does them.
+// exporter that listens on loopback only, an agent that dials out to a proxy, a cron
+// job that leaves a textfile on the agent's host, a batch job that pushes to the proxy,
+// and scrapes the way Prometheus does them.
 package main
 
 import (
@@ -17,6 +18,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -27,6 +29,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/client/textfile"
 	"github.com/culvert-io/culvert/gateway"
 	"github.com/culvert-io/culvert/proxy/fleet"
 	"github.com/culvert-io/culvert/proxy/server"
@@ -68,6 +71,10 @@ func run(ctx context.Context, out io.Writer, address string, once bool) error {
 	}
 	fmt.Fprintf(out, "2. culvert-proxy listens on %s.\n", proxy)
 
+	textfiles, err := writeTextfile(dir)
+	if err != nil {
+		return err
+	}
 	_, port, _ := net.SplitHostPort(exporter)
 	allowed, err := agent.ParsePortRange(port)
 	if err != nil {
@@ -80,6 +87,7 @@ func run(ctx context.Context, out io.Writer, address string, once bool) error {
 		Targets:   []agent.Target{{Name: "app", URL: "http://" + exporter + "/metrics"}},
 		Allow:     []agent.PortRange{allowed},
 		LocalHost: "127.0.0.1",
+		Textfile:  textfile.Config{Directories: []string{textfiles}},
 		Logger:    logger,
 	})
 	if err != nil {
@@ -87,6 +95,7 @@ func run(ctx context.Context, out io.Writer, address string, once bool) error {
 	}
 	all.Go(func() error { return client.Run(ctx) })
 	fmt.Fprintf(out, "3. The agent \"quickstart\" dials out to the proxy; no port is open on its side.\n")
+	fmt.Fprintf(out, "4. A cron job of its host has left %s for it to serve.\n", filepath.Join(textfiles, "apt.prom"))
 
 	err = pushBatch(ctx, out, proxy)
 	if err == nil {
@@ -158,6 +167,21 @@ func startProxy(ctx context.Context, all *errgroup.Group, address, dir string, l
 	return proxy.Addr(), nil
 }
 
+// writeTextfile does what a cron job does: it writes its result under another name, so
+// that no scrape sees half of it. It returns the directory.
+func writeTextfile(dir string) (string, error) {
+	textfiles := filepath.Join(dir, "textfiles")
+	if err := os.Mkdir(textfiles, 0o755); err != nil {
+		return "", err
+	}
+	file := filepath.Join(textfiles, "apt.prom")
+	const text = "# HELP apt_upgrades_pending Packages that can be upgraded.\n# TYPE apt_upgrades_pending gauge\napt_upgrades_pending 3\n"
+	if err := os.WriteFile(file+".new", []byte(text), 0o644); err != nil {
+		return "", err
+	}
+	return textfiles, os.Rename(file+".new", file)
+}
+
 // pushBatch does what a batch job does when it has ended, by the client library for
 // the Pushgateway. It says how often it comes, so that somebody notices when it
 // doesn't.
@@ -169,7 +193,7 @@ func pushBatch(ctx context.Context, out io.Writer, proxy string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(out, "4. A batch job pushes to the proxy, and says that it comes every 24 h.\n\n")
+	fmt.Fprintf(out, "5. A batch job pushes to the proxy, and says that it comes every 24 h.\n\n")
 	return nil
 }
 
