@@ -73,13 +73,18 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 		stream.Close()
 		return refuse(protocol.Refusef(http.StatusInternalServerError, protocol.CodeBadRequest, "CONNECT: %v", err))
 	}
+	if !s.sessions.begin() { // the proxy has stopped
+		release()
+		stream.Close()
+		scraper.Close()
+		return outcomeCancelled, nil
+	}
 	t := &tunnel{conn: conn, stream: stream, scraper: scraper}
 	s.mu.Lock()
 	s.tunnels[t] = struct{}{}
 	s.mu.Unlock()
-	s.sessions.Add(1)
 	return outcomeOK, func() {
-		defer s.sessions.Done()
+		defer s.sessions.group.Done()
 		defer release()
 		defer func() {
 			s.mu.Lock()

@@ -106,8 +106,8 @@ type Server struct {
 
 	draining atomic.Bool
 	running  inFlight
-	pending  atomic.Int64   // sessions that have not registered
-	sessions sync.WaitGroup // goroutines of sessions and tunnels
+	pending  atomic.Int64 // sessions that have not registered
+	sessions tasks        // of sessions and tunnels
 
 	mu      sync.Mutex // protects tunnels
 	tunnels map[*tunnel]struct{}
@@ -294,7 +294,44 @@ func (s *Server) shutdown() {
 		conn.Close()
 	}
 	s.agentAPI.Close()
-	s.sessions.Wait()
+	s.sessions.wait()
+}
+
+// tasks are goroutines that shutdown waits for. A request that it cut off may still be
+// running, and wants to start one.
+type tasks struct {
+	mu    sync.Mutex // protects ended
+	ended bool
+	group sync.WaitGroup
+}
+
+// start runs f in a goroutine. It returns false, and doesn't, once wait was called.
+func (t *tasks) start(f func()) bool {
+	if !t.begin() {
+		return false
+	}
+	go func() {
+		defer t.group.Done()
+		f()
+	}()
+	return true
+}
+
+// begin makes wait wait for a call of group.Done. It returns false once wait was called.
+func (t *tasks) begin() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.ended {
+		t.group.Add(1)
+	}
+	return !t.ended
+}
+
+func (t *tasks) wait() {
+	t.mu.Lock()
+	t.ended = true
+	t.mu.Unlock()
+	t.group.Wait()
 }
 
 // inFlight counts the scrapes that shutdown waits for: those that began before it.

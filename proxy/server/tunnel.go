@@ -53,7 +53,11 @@ func (s *Server) serveTunnel(w http.ResponseWriter, r *http.Request) {
 		s.logger.Debug("No registration came", "agent", session.Agent, "from", session.RemoteAddr)
 		session.Close()
 	})
-	s.sessions.Go(func() { s.serveSession(l) })
+	if !s.sessions.start(func() { s.serveSession(l) }) {
+		l.conn.expire.Stop()
+		s.pending.Add(-1)
+		session.Close()
+	}
 }
 
 // admit checks what the handshake says of the agent.
@@ -142,7 +146,7 @@ func (s *Server) serveAgent(w http.ResponseWriter, r *http.Request) {
 			s.logger.Info("Agent leaves", "agent", conn.Agent, "from", conn.RemoteAddr, "reason", clip(d.Reason, 100))
 		}
 		w.WriteHeader(http.StatusNoContent)
-		s.sessions.Go(func() {
+		s.sessions.start(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), s.config.ShutdownTimeout)
 			defer cancel()
 			s.closeTunnels(ctx, func(t *tunnel) bool { return t.conn == conn.Conn })
@@ -195,7 +199,7 @@ func (s *Server) register(w http.ResponseWriter, r *http.Request, conn *agentCon
 		conn.expire.Stop()
 		s.pending.Add(-1)
 		s.logger.Info("Agent connected", "agent", conn.Agent, "from", conn.RemoteAddr, "version", clip(reg.Version, 40), "transport", conn.Session.Transport)
-		s.sessions.Go(func() {
+		s.sessions.start(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 			defer cancel()
 			if rtt, err := conn.Ping(ctx); err == nil {
@@ -234,7 +238,7 @@ func (s *Server) leave(w http.ResponseWriter, r *http.Request, conn *agentConn) 
 		s.logger.Info("Agent left for good", "agent", conn.Agent, "from", conn.RemoteAddr)
 		w.WriteHeader(http.StatusNoContent)
 		http.NewResponseController(w).Flush()
-		s.sessions.Go(func() {
+		s.sessions.start(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), drainRetry)
 			defer cancel()
 			conn.Ping(ctx) // comes back behind the answer
