@@ -77,14 +77,15 @@ func Accept(w http.ResponseWriter, r *http.Request, transport, proxyID string, c
 	if transport == "websocket" {
 		w.Header().Set(HeaderProxy, proxyID)
 		var ws *websocket.Conn
-		ws, err = websocket.Accept(w, r, &websocket.AcceptOptions{
+		tap := &hijackTap{ResponseWriter: w}
+		ws, err = websocket.Accept(tap, r, &websocket.AcceptOptions{
 			Subprotocols: []string{Subprotocol},
 			// Agents send no Origin, and a page in a browser can't set Culvert-Agent,
 			// without which there is no tunnel.
 			InsecureSkipVerify: true,
 		})
 		if err == nil {
-			conn = &frameConn{rw: newMessageConn(ws)}
+			conn = &frameConn{rw: newMessageConn(ws), socket: socketOf(tap.conn)}
 		}
 	} else {
 		conn, err = acceptRaw(w, proxyID)
@@ -117,12 +118,33 @@ func acceptRaw(w http.ResponseWriter, proxyID string) (*frameConn, error) {
 		return nil, err
 	}
 	conn.SetDeadline(time.Time{})
-	c := &frameConn{rw: conn}
+	c := &frameConn{rw: conn, socket: socketOf(conn)}
 	c.tcp, _ = conn.(*net.TCPConn)
 	if n := buffered.Reader.Buffered(); n > 0 {
 		c.rw = &prefixConn{Conn: conn, buffered: buffered.Reader, left: n}
 	}
 	return c, nil
+}
+
+// hijackTap tells which connection a handler takes over.
+type hijackTap struct {
+	http.ResponseWriter
+	conn net.Conn
+}
+
+func (t *hijackTap) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buffered, err := http.NewResponseController(t.ResponseWriter).Hijack()
+	t.conn = conn
+	return conn, buffered, err
+}
+
+// socketOf returns the TCP connection below conn, or nil.
+func socketOf(conn net.Conn) *net.TCPConn {
+	if t, ok := conn.(*tls.Conn); ok {
+		conn = t.NetConn()
+	}
+	socket, _ := conn.(*net.TCPConn)
+	return socket
 }
 
 // prefixConn reads what net/http had buffered before it reads on.
@@ -152,11 +174,11 @@ func Reset(conn net.Conn) {
 		st.Reset()
 		return
 	}
+	if socket := socketOf(conn); socket != nil {
+		socket.SetLinger(0)
+	}
 	if t, ok := conn.(*tls.Conn); ok {
 		conn = t.NetConn()
-	}
-	if t, ok := conn.(*net.TCPConn); ok {
-		t.SetLinger(0)
 	}
 	conn.Close()
 }

@@ -23,14 +23,19 @@ type frameConn struct {
 	rw  io.ReadWriteCloser
 	tcp *net.TCPConn // rw's writes may go here directly, vectored; nil where they can't
 
+	socket *net.TCPConn // below all of it; nil where it is not known
+
 	stats    *Stats
 	failed   func()       // called when a read or write fails
 	lastRead atomic.Int64 // Unix nanoseconds
 	writing  atomic.Int64 // Unix nanoseconds since when a write runs, 0: none
 
 	// Used by yamux's one sending goroutine only.
-	header [frameHeaderSize]byte
-	held   bool
+	header        [frameHeaderSize]byte
+	held          bool
+	unsent        int           // the limit that limitUnsent was told
+	largeBytes    int           // in large frames, since the limit was looked at
+	largeDuration time.Duration // of their writes
 
 	write sync.Mutex // held while a frame is written
 
@@ -40,6 +45,44 @@ type frameConn struct {
 	mu    sync.Mutex // protects what follows
 	cause error      // first error of a read or write
 	last  error      // latest one: yamux may report either
+}
+
+// What the kernel holds and has not sent goes before every other frame, and it would
+// take megabytes. It is kept to what the connection sends in a few milliseconds:
+// less on a slow link, where a small frame would wait, and more on a fast one, where
+// each wait of a write costs processor time. The rate is measured once writes have
+// taken rateTime, which is when they wait.
+const (
+	unsentTime             = 5 * time.Millisecond
+	rateTime               = 50 * time.Millisecond
+	firstUnsent            = 512 << 10
+	leastUnsent, maxUnsent = 64 << 10, 4 << 20
+)
+
+// limit sets how much the kernel may hold that it has not sent.
+func (c *frameConn) limit(n int) {
+	if c.socket != nil {
+		c.unsent = n
+		limitUnsent(c.socket, n)
+	}
+}
+
+// measure notes how long the write of a frame took, and adapts the limit.
+func (c *frameConn) measure(n int, d time.Duration) {
+	if c.socket == nil || n < copySize/4 {
+		return
+	}
+	c.largeBytes += n
+	c.largeDuration += d
+	if c.largeDuration < rateTime {
+		return
+	}
+	n = int(float64(c.largeBytes) / c.largeDuration.Seconds() * unsentTime.Seconds())
+	n = max(leastUnsent, min(n, maxUnsent))
+	if n < c.unsent*2/3 || n > c.unsent*3/2 {
+		c.limit(n)
+	}
+	c.largeBytes, c.largeDuration = 0, 0
 }
 
 // The frame header of yamux (its spec.md): version, type, flags, stream, length.
@@ -77,7 +120,8 @@ func (c *frameConn) Write(p []byte) (int, error) {
 	}
 	c.write.Lock()
 	defer c.write.Unlock()
-	c.writing.Store(time.Now().UnixNano())
+	start := time.Now()
+	c.writing.Store(start.UnixNano())
 	defer c.writing.Store(0)
 	if !c.held {
 		n, err := c.rw.Write(p)
@@ -101,6 +145,7 @@ func (c *frameConn) Write(p []byte) (int, error) {
 		}
 	}
 	c.stats.BytesWritten.Add(int64(n))
+	c.measure(n, time.Since(start))
 	return max(n-frameHeaderSize, 0), c.note(err)
 }
 

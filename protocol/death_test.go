@@ -215,7 +215,7 @@ func TestCloseWithBlockedStreams(t *testing.T) {
 				for range 10 {
 					near, far := streams(t, p.agent, p.proxy)
 					for _, s := range []*protocol.Stream{near, far} {
-						blocked.Go(func() { _, err := s.Write(make([]byte, 4<<20)); ended("write", err) })
+						blocked.Go(func() { _, err := s.Write(make([]byte, 32<<20)); ended("write", err) })
 					}
 					near, far = streams(t, p.proxy, p.agent)
 					for _, s := range []*protocol.Stream{near, far} {

@@ -132,7 +132,7 @@ func (d *Dialer) dialRaw(ctx context.Context) (*Session, error) {
 		resp.Body.Close()
 		return nil, &Refusal{Status: resp.StatusCode, Message: fmt.Sprintf("the answer upgrades to %q, not to %s", got, UpgradeToken)}
 	}
-	conn := &frameConn{rw: rw}
+	conn := &frameConn{rw: rw, socket: tcp.Load()}
 	if forward, err := http.ProxyFromEnvironment(req); d.ProxyURL.Scheme == "http" && forward == nil && err == nil {
 		conn.tcp = tcp.Load() // nothing encrypts above it
 	}
@@ -140,7 +140,7 @@ func (d *Dialer) dialRaw(ctx context.Context) (*Session, error) {
 }
 
 func (d *Dialer) dialWebSocket(ctx context.Context) (*Session, error) {
-	transport, _ := d.transport()
+	transport, tcp := d.transport()
 	ws, resp, err := websocket.Dial(ctx, d.tunnelURL(), &websocket.DialOptions{
 		HTTPClient: &http.Client{
 			Transport:     transport,
@@ -160,7 +160,7 @@ func (d *Dialer) dialWebSocket(ctx context.Context) (*Session, error) {
 		ws.CloseNow()
 		return nil, &Refusal{Status: resp.StatusCode, Message: "the WebSocket server doesn't speak " + Subprotocol}
 	}
-	return d.session(&frameConn{rw: newMessageConn(ws)}, resp, "websocket")
+	return d.session(&frameConn{rw: newMessageConn(ws), socket: tcp.Load()}, resp, "websocket")
 }
 
 func (d *Dialer) session(conn *frameConn, resp *http.Response, transport string) (*Session, error) {

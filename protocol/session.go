@@ -59,7 +59,8 @@ type SessionConfig struct {
 	MaxAccepted int
 	// StreamWindow is the receive window of a stream in bytes, and so bounds the
 	// throughput of one response to StreamWindow per round trip, and the memory
-	// that a slow reader can hold to about twice of it. 2 MiB by default.
+	// that a slow reader can hold to about twice of it. 8 MiB by default at the proxy, which
+	// is what responses come to; 1 MiB at the agent.
 	StreamWindow uint32
 	// Stats, where given, counts the bytes and streams of all sessions that share it.
 	Stats *Stats
@@ -78,7 +79,11 @@ const (
 	defaultPingInterval = 20 * time.Second
 	defaultDeadAfter    = 60 * time.Second
 	defaultMaxStreams   = 1024
-	defaultStreamWindow = 2 << 20
+
+	// One round trip of 100 ms at 600 Mbit/s; and a response of a few megabytes goes through
+	// without any wait for the window. Requests are small.
+	acceptedStreamWindow = 8 << 20
+	dialledStreamWindow  = 1 << 20
 
 	// streamCloseTimeout is how long a closed stream waits for the other side's
 	// FIN before it is reset. A half-closed stream keeps its buffers until then.
@@ -88,7 +93,7 @@ const (
 	shrinkAfter = 2 * time.Second
 )
 
-func (c SessionConfig) withDefaults() SessionConfig {
+func (c SessionConfig) withDefaults(dialled bool) SessionConfig {
 	if c.PingInterval == 0 {
 		c.PingInterval = defaultPingInterval
 	}
@@ -102,7 +107,10 @@ func (c SessionConfig) withDefaults() SessionConfig {
 		c.MaxAccepted = c.MaxStreams
 	}
 	if c.StreamWindow == 0 {
-		c.StreamWindow = defaultStreamWindow
+		c.StreamWindow = acceptedStreamWindow
+		if dialled {
+			c.StreamWindow = dialledStreamWindow
+		}
 	}
 	if c.Stats == nil {
 		c.Stats = new(Stats)
@@ -143,11 +151,12 @@ type Session struct {
 
 // newSession starts a session on conn, which it owns from now on.
 func newSession(conn *frameConn, config SessionConfig, dialled bool) (*Session, error) {
-	config = config.withDefaults()
+	config = config.withDefaults(dialled)
 	s := &Session{config: config, conn: conn, streams: map[*Stream]struct{}{}}
 	conn.stats = config.Stats
 	conn.failed = s.wakeStreams
 	conn.lastRead.Store(time.Now().UnixNano())
+	conn.limit(firstUnsent)
 	s.taken = make(chan struct{}, config.MaxAccepted)
 	yc := yamux.DefaultConfig()
 	yc.AcceptBacklog = min(256, config.MaxStreams) // yamux resets what goes beyond

@@ -403,7 +403,7 @@ func TestDeadlines(t *testing.T) {
 	timedOut("read", err)
 	near.SetReadDeadline(time.Time{})
 	near.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
-	_, err = near.Write(make([]byte, 4<<20)) // more than the window
+	_, err = near.Write(make([]byte, 32<<20)) // more than the window
 	timedOut("write", err)
 	near.SetWriteDeadline(time.Time{})
 	// The stream lives on.
