@@ -16,16 +16,19 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Backend keeps groups. The store calls it from one goroutine at a time.
+// Backend keeps groups, and how far spools have come. The store calls it from one
+// goroutine at a time.
 type Backend interface {
-	// Load calls f for each stored group, in any order, before anything else is
-	// called. It stops at the first error and returns it. Where it could read all of
-	// them and Apply can't write, it returns ErrReadOnly, wrapped.
-	Load(f func(Record) error) error
-	// Apply stores changes of different groups, all of them or none. When it
-	// returns nil they survive the end of the process. The records' bytes must not
-	// be changed.
-	Apply(changes []Change) error
+	// Load calls group for each stored group and mark for each stored spool, in any
+	// order, before anything else is called. It stops at the first error and returns it.
+	// Where it could read all of them and Apply can't write, it returns ErrReadOnly,
+	// wrapped.
+	Load(group func(Record) error, mark func(Mark) error) error
+	// Apply stores changes of different groups and marks of different spools, all of
+	// them or none, also after a crash. One of the two may be empty; a spool that is to be
+	// forgotten may be unknown. When it returns nil they survive the end of the process.
+	// The records' bytes must not be changed.
+	Apply(changes []Change, marks []Mark) error
 	// Probe tells whether Apply can write, by writing something of the size of a
 	// large push and removing it. It is called after Apply failed.
 	Probe() error
@@ -295,7 +298,7 @@ func Memory() Backend { return memory{} }
 
 type memory struct{}
 
-func (memory) Load(func(Record) error) error { return nil }
-func (memory) Apply([]Change) error          { return nil }
-func (memory) Probe() error                  { return nil }
-func (memory) Close() error                  { return nil }
+func (memory) Load(func(Record) error, func(Mark) error) error { return nil }
+func (memory) Apply([]Change, []Mark) error                    { return nil }
+func (memory) Probe() error                                    { return nil }
+func (memory) Close() error                                    { return nil }

@@ -12,6 +12,8 @@ import (
 // change is what one request wants of the writer: some edits, of which all are
 // made or none; or a deletion of groups by their keys; or new lifetimes.
 type change struct {
+	id        pushID // of the edits
+	repeated  bool   // they were made before; valid once reply has come
 	edits     []edit
 	match     func(Key) bool
 	matched   []Key // the answer to match, valid once reply has come

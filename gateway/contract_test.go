@@ -818,15 +818,25 @@ func TestExposition(t *testing.T) {
 	})
 }
 
-// stored is a backend that keeps records, can fail, and can be stopped.
+// stored is a backend that keeps records and marks, can fail, and can be stopped.
 type stored struct {
 	gateway.Backend
 	records map[string][]byte
+	marks   map[string][]byte
 	fails   atomic.Bool
 	gate    chan struct{} // not nil: each change waits for a value
 }
 
-func (b *stored) Load(f func(gateway.Record) error) error {
+func (b *stored) Load(f func(gateway.Record) error, mark func(gateway.Mark) error) error {
+	for _, data := range b.marks {
+		var m gateway.Mark
+		if err := m.UnmarshalBinary(data); err != nil {
+			return err
+		}
+		if err := mark(m); err != nil {
+			return err
+		}
+	}
 	for _, data := range b.records {
 		var r gateway.Record
 		if err := r.UnmarshalBinary(data); err != nil {
@@ -846,7 +856,7 @@ func (b *stored) Probe() error {
 	return nil
 }
 
-func (b *stored) Apply(changes []gateway.Change) error {
+func (b *stored) Apply(changes []gateway.Change, marks []gateway.Mark) error {
 	if b.gate != nil {
 		<-b.gate
 	}
@@ -863,11 +873,21 @@ func (b *stored) Apply(changes []gateway.Change) error {
 			b.records[c.ID] = data
 		}
 	}
+	for _, m := range marks {
+		delete(b.marks, m.Spool)
+		if m.Seq != 0 {
+			data, err := m.AppendBinary(nil)
+			if err != nil {
+				return err
+			}
+			b.marks[m.Spool] = data
+		}
+	}
 	return nil
 }
 
 func newStored() *stored {
-	return &stored{Backend: gateway.Memory(), records: map[string][]byte{}}
+	return &stored{Backend: gateway.Memory(), records: map[string][]byte{}, marks: map[string][]byte{}}
 }
 
 // query returns the answer of GET /api/v1/metrics.

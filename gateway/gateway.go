@@ -26,7 +26,9 @@ const (
 	HeaderTTL      = "Culvert-Ttl"
 	HeaderInterval = "Culvert-Interval"
 	// HeaderPushTime says when the push was made, in Unix seconds with at most 9
-	// decimals, where that is not now: it was relayed or imported. 0: never.
+	// decimals, where that is not now: it was relayed or imported. 0: never. A time that
+	// is more than 5 minutes ahead is refused, or taken for now in a push that has a
+	// HeaderPushID.
 	HeaderPushTime = "Culvert-Push-Time"
 	// HeaderFailureTime says when the last push of the group failed, in the same
 	// form, for imports.
@@ -130,11 +132,15 @@ func (g *Gateway) answer(w http.ResponseWriter, handler string, success int, f f
 // the path, percent-decoded.
 func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string) {
 	g.answer(w, "push", http.StatusOK, func() error {
+		id, err := g.identify(w, r)
+		if err != nil {
+			return err
+		}
 		key, err := ParsePath(rest)
 		if err != nil {
 			return badRequest{err}
 		}
-		e, err := g.editOf(r)
+		e, err := g.editOf(r, id)
 		if err != nil {
 			return badRequest{err}
 		}
@@ -150,7 +156,7 @@ func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string)
 		if format == formatText && e.aggregate == nil {
 			e.layout, e.values = layoutOf(body)
 			if g.store.hasLayout(key, e.layout) {
-				err := g.store.do(r.Context(), &change{edits: []edit{e}})
+				err := g.do(w, r, &change{id: id, edits: []edit{e}})
 				if err != errNewLayout {
 					return err
 				}
@@ -170,18 +176,22 @@ func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string)
 			e.pushed, e.reasons = prepare(key, families, unixNano(e.at))
 		}
 		g.refuseOwn(&e)
-		return g.store.do(r.Context(), &change{edits: []edit{e}})
+		return g.do(w, r, &change{id: id, edits: []edit{e}})
 	})
 }
 
 // ServeDelete answers DELETE of a group; rest as for ServePush.
 func (g *Gateway) ServeDelete(w http.ResponseWriter, r *http.Request, rest string) {
 	g.answer(w, "delete", http.StatusAccepted, func() error {
+		id, err := g.identify(w, r)
+		if err != nil {
+			return err
+		}
 		key, err := ParsePath(rest)
 		if err != nil {
 			return badRequest{err}
 		}
-		return g.store.do(r.Context(), &change{edits: []edit{{key: key, delete: true}}})
+		return g.do(w, r, &change{id: id, edits: []edit{{key: key, delete: true}}})
 	})
 }
 
@@ -219,11 +229,15 @@ func (g *Gateway) ServeDeleteMatching(w http.ResponseWriter, r *http.Request, ma
 // All groups are changed, or none.
 func (g *Gateway) ServeBatch(w http.ResponseWriter, r *http.Request) {
 	g.answer(w, "batch", http.StatusOK, func() error {
+		id, err := g.identify(w, r)
+		if err != nil {
+			return err
+		}
 		names, err := groupBy(r.URL.Query().Get("group_by"))
 		if err != nil {
 			return badRequest{err}
 		}
-		template, err := g.editOf(r)
+		template, err := g.editOf(r, id)
 		if err != nil {
 			return badRequest{err}
 		}
@@ -241,7 +255,7 @@ func (g *Gateway) ServeBatch(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			return badRequest{err}
 		}
-		c := new(change)
+		c := &change{id: id}
 		for _, p := range parts {
 			e := template
 			e.key = p.key
@@ -249,7 +263,7 @@ func (g *Gateway) ServeBatch(w http.ResponseWriter, r *http.Request) {
 			g.refuseOwn(&e)
 			c.edits = append(c.edits, e)
 		}
-		if err := g.store.do(r.Context(), c); err != nil {
+		if err := g.do(w, r, c); err != nil {
 			return err
 		}
 		WriteAPI(w, map[string]int{"groups": len(c.edits)})
@@ -258,7 +272,7 @@ func (g *Gateway) ServeBatch(w http.ResponseWriter, r *http.Request) {
 }
 
 // editOf reads what the request says of its pushes beside the body.
-func (g *Gateway) editOf(r *http.Request) (e edit, err error) {
+func (g *Gateway) editOf(r *http.Request, id pushID) (e edit, err error) {
 	now := g.store.config.Now()
 	query := r.URL.Query()
 	e.replace = r.Method == http.MethodPut
@@ -272,6 +286,10 @@ func (g *Gateway) editOf(r *http.Request) (e edit, err error) {
 		return e, err
 	}
 	at, err := timeOf(r.Header, HeaderPushTime, now)
+	if errors.Is(err, errFuture) && id.spool != "" {
+		// Refused, what waited in a spool would be lost for a clock that is wrong.
+		at, err = &now, nil
+	}
 	if err != nil {
 		return e, err
 	}

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"container/heap"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -123,10 +124,11 @@ func (s *Store) expire() {
 		}
 		s.schedule(g)
 	}
+	forgotten := s.spools.silentSince(now.Add(-max(s.config.ForgetAfter, minForgetSpools)))
 	s.mu.Unlock()
 	// What expired stays expired in memory where this fails; after a restart it
 	// expires again.
-	_ = s.store(steps)
+	_ = s.store(steps, forgotten)
 }
 
 // age brings a group to the state of now. It returns nil where nothing is to be
@@ -256,8 +258,11 @@ func durationOf(query url.Values, parameter string, h http.Header, header string
 	return &v, nil
 }
 
+// errFuture: the clock of the client is far ahead of this one.
+var errFuture = errors.New("it is in the future; is the clock wrong?")
+
 // timeOf reads a Unix time in seconds, with at most 9 decimals, from a header; nil
-// where it isn't there.
+// where it isn't there. It returns errFuture, wrapped.
 func timeOf(h http.Header, name string, now time.Time) (*time.Time, error) {
 	text := strings.TrimSpace(h.Get(name))
 	if text == "" {
@@ -274,7 +279,7 @@ func timeOf(h http.Header, name string, now time.Time) (*time.Time, error) {
 	}
 	t := time.Unix(int64(secs), int64(nanos))
 	if t.After(now.Add(maxClockSkew)) {
-		return nil, fmt.Errorf("%s: %s is in the future; is the clock wrong?", name, t.UTC().Format(time.RFC3339))
+		return nil, fmt.Errorf("%s: %s: %w", name, t.UTC().Format(time.RFC3339), errFuture)
 	}
 	return &t, nil
 }

@@ -17,7 +17,7 @@ type repeating struct {
 	repeats int
 }
 
-func (b *repeating) Apply(changes []gateway.Change) error {
+func (b *repeating) Apply(changes []gateway.Change, _ []gateway.Mark) error {
 	for _, c := range changes {
 		if c.Record == nil {
 			delete(b.records, c.ID)

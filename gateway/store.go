@@ -56,8 +56,12 @@ type StoreConfig struct {
 	MaxGroups int
 	// MaxSeriesPerGroup bounds the series of one group, 0: no bound.
 	MaxSeriesPerGroup int
+	// MaxSpools bounds the spools that are known, 100,000 by default. Beyond it the one
+	// that was silent for longest is forgotten: see HeaderPushID.
+	MaxSpools int
 	// ForgetAfter is how long a group that declared an interval leaves push_up 0 and
-	// its push time behind after its TTL. 7 days by default.
+	// its push time behind after its TTL. 7 days by default. Silent spools are
+	// forgotten after that time too, but not before 7 days.
 	ForgetAfter time.Duration
 	// Lifetimes tells the TTL and the interval of a group that names none itself,
 	// by its key. None by default. Store.SetLifetimes replaces it.
@@ -102,8 +106,9 @@ type Store struct {
 	queue   chan *change
 	done    chan struct{}
 
-	mu sync.RWMutex // protects index; only the writer changes it
+	mu sync.RWMutex // protects index and spools; only the writer changes them
 	index
+	spools spools
 
 	// Of the writer only.
 	lifetimes func(Key) Lifetime
@@ -148,12 +153,16 @@ func OpenStore(config StoreConfig, backend Backend) (*Store, error) {
 	}
 	s := &Store{
 		config: config, backend: backend, queue: make(chan *change, queueSize), done: make(chan struct{}),
-		index: newIndex(config.Logger), lifetimes: config.Lifetimes,
+		index: newIndex(config.Logger), spools: newSpools(config.MaxSpools), lifetimes: config.Lifetimes,
 	}
+	var marks []Mark
 	err := backend.Load(func(rec Record) error {
 		g := newGroup(rec.Key)
 		s.install(g, s.build(g.key, rec.state, rec.families, config.Now()))
 		s.schedule(g)
+		return nil
+	}, func(m Mark) error {
+		marks = append(marks, m)
 		return nil
 	})
 	if errors.Is(err, ErrReadOnly) {
@@ -161,6 +170,7 @@ func OpenStore(config StoreConfig, backend Backend) (*Store, error) {
 	} else if err != nil {
 		return nil, fmt.Errorf("load the push store: %w", err)
 	}
+	s.spools.load(marks)
 	s.expire()
 	return s, nil
 }
@@ -309,10 +319,16 @@ type step struct {
 // left, all are stored together, and undone where that fails.
 func (s *Store) apply(batch []*change) {
 	var steps []step
+	var noted map[string]Mark // of the batch
+	var marks []Mark
 	results := make([]error, len(batch))
 	failure := s.failure.Load()
 	s.mu.Lock()
 	for i, c := range batch {
+		if c.id.spool != "" && c.id.seq <= max(noted[c.id.spool].Seq, s.spools.seq(c.id.spool)) {
+			c.repeated = true
+			continue
+		}
 		if failure != nil && c.pushes() {
 			results[i] = fmt.Errorf("%w: %w", ErrUnavailable, *failure)
 			continue
@@ -320,15 +336,31 @@ func (s *Store) apply(batch []*change) {
 		var made []step
 		made, results[i] = s.make(c)
 		steps = append(steps, made...)
+		_, rejected := results[i].(*Rejection)
+		if c.id.spool != "" && (results[i] == nil || rejected) {
+			if noted == nil {
+				noted = map[string]Mark{}
+			}
+			noted[c.id.spool] = Mark{c.id.spool, c.id.seq, s.config.Now()}
+		}
+	}
+	if noted != nil {
+		marks = s.spools.withForgotten(noted)
 	}
 	s.mu.Unlock()
-	if err := s.store(steps); err != nil {
+	if err := s.store(steps, marks); err != nil {
 		s.mu.Lock()
 		s.undo(steps)
 		s.mu.Unlock()
 		for i := range results {
 			results[i] = fmt.Errorf("%w: %w", ErrUnavailable, err)
 		}
+	} else if len(marks) > 0 {
+		s.mu.Lock()
+		for _, m := range marks {
+			s.spools.note(m)
+		}
+		s.mu.Unlock()
 	}
 	for _, st := range steps {
 		s.schedule(st.group)
@@ -338,8 +370,8 @@ func (s *Store) apply(batch []*change) {
 	}
 }
 
-// store hands the last state of each changed group to the backend.
-func (s *Store) store(steps []step) error {
+// store hands the last state of each changed group to the backend, with the marks.
+func (s *Store) store(steps []step, marks []Mark) error {
 	last := map[string]Change{}
 	for _, st := range steps {
 		ch := Change{ID: st.group.id}
@@ -350,11 +382,11 @@ func (s *Store) store(steps []step) error {
 		}
 		last[ch.ID] = ch
 	}
-	if len(last) == 0 {
+	if len(last) == 0 && len(marks) == 0 {
 		return nil
 	}
 	start := time.Now()
-	err := s.backend.Apply(slices.Collect(maps.Values(last)))
+	err := s.backend.Apply(slices.Collect(maps.Values(last)), marks)
 	s.stats.writeNanos.Add(int64(time.Since(start)))
 	s.wrote(err)
 	return err

@@ -1,5 +1,5 @@
-// Package boltstore keeps the push store's groups in a bbolt file, with a log in front
-// of it.
+// Package boltstore keeps the push store's groups and the marks of its spools in a bbolt
+// file, with a log in front of it.
 package boltstore
 
 import (
@@ -90,30 +90,42 @@ func OpenDB(path string, read func(*bolt.DB) error) (db *bolt.DB, err error) {
 // goes. What the log has beyond that is read again at start.
 //
 // The database has one record a group in the bucket "groups", under a hash of the key's
-// ID; the bucket's sequence is the number of records.
+// ID, and one mark a spool in the bucket "spools", under the spool's name; a bucket's
+// sequence is the number of what is in it.
 type Store struct {
 	path    string
 	logger  *slog.Logger
 	db      *bolt.DB // nil: it can't be written
 	log     *commitLog
 	records []gateway.Record // between Open and Load
+	marks   []gateway.Mark   // the same
 
 	// err is why nothing can be written: the file can't, or turned out damaged.
 	err     error
 	damaged bool
 
-	// pending is what is in the log alone: the last record of each group, nil where the
-	// group is gone.
-	pending map[groupKey]*gateway.Record
+	// pending is what is in the log alone.
+	pending *unsaved
 	// saving is what a goroutine writes to the database now, nil: none does.
-	saving map[groupKey]*gateway.Record
+	saving *unsaved
 	saved  chan error
 	// saveErr is why the last try to write to the database failed.
 	saveErr error
 }
 
+// unsaved is what a transaction has to bring to the database.
+type unsaved struct {
+	groups map[groupKey]*gateway.Record // the last one of each, nil where it is gone
+	marks  map[string]gateway.Mark      // the last one of each spool
+}
+
+func newUnsaved() *unsaved {
+	return &unsaved{map[groupKey]*gateway.Record{}, map[string]gateway.Mark{}}
+}
+
 var (
 	groupsBucket = []byte("groups")
+	spoolsBucket = []byte("spools")
 
 	// logBucket has under logKey, little-endian, the 8 bytes that the log's frames start
 	// with, 8 of the number of the last change that is in the database, and 4 of the CRC-32C
@@ -149,8 +161,8 @@ func Open(path string, logger *slog.Logger) (*Store, error) {
 	if logger == nil {
 		logger = slog.Default()
 	}
-	s := &Store{path: path, logger: logger, pending: map[groupKey]*gateway.Record{}}
-	err := s.openForWriting(s.readGroups)
+	s := &Store{path: path, logger: logger, pending: newUnsaved()}
+	err := s.openForWriting(s.readAll)
 	switch {
 	case err == nil:
 	case s.records != nil && !errors.Is(err, ErrDamaged):
@@ -168,17 +180,16 @@ func Open(path string, logger *slog.Logger) (*Store, error) {
 
 // openForWriting opens the database, has read look at it and at what the log has beyond
 // it, and brings the two together.
-func (s *Store) openForWriting(read func(*bolt.Tx, map[groupKey]logged) error) (err error) {
-	var logged map[groupKey]logged
-	var last uint64
+func (s *Store) openForWriting(read func(*bolt.Tx, *remainder) error) (err error) {
+	beyond := new(remainder)
 	db, err := OpenDB(s.path, func(db *bolt.DB) error {
 		exists := false
 		err := db.View(func(tx *bolt.Tx) (err error) {
 			if exists = tx.ID() > firstTx; !exists {
 				return nil
 			}
-			if logged, last, err = s.readLog(tx); err == nil {
-				err = read(tx, logged)
+			if beyond, err = s.readLog(tx); err == nil {
+				err = read(tx, beyond)
 			}
 			return err
 		})
@@ -210,22 +221,22 @@ func (s *Store) openForWriting(read func(*bolt.Tx, map[groupKey]logged) error) (
 		return err
 	}
 	// From here on the log is overwritten.
-	if len(logged) > 0 {
+	if len(beyond.groups) > 0 || len(beyond.marks) > 0 {
 		err := update(db, s.path, func(tx *bolt.Tx) error {
 			b := tx.Bucket(groupsBucket)
-			packed := make(map[groupKey][]byte, len(logged))
-			for key, l := range logged {
+			packed := make(map[groupKey][]byte, len(beyond.groups))
+			for key, l := range beyond.groups {
 				if packed[key], err = l.packed(b.Get(key[:])); err != nil {
 					return err
 				}
 			}
-			return put(tx, packed, s.log.store, last)
+			return put(tx, packed, beyond.marks, s.log.store, beyond.last)
 		})
 		if err != nil {
 			return err
 		}
 	}
-	if err := s.log.open(last); err != nil {
+	if err := s.log.open(beyond.last); err != nil {
 		return err
 	}
 	s.db = db
@@ -238,6 +249,9 @@ func create(tx *bolt.Tx) error {
 	rand.Read(id[:])
 	id[0] |= 1 // never 0
 	if _, err := tx.CreateBucket(groupsBucket); err != nil {
+		return err
+	}
+	if _, err := tx.CreateBucket(spoolsBucket); err != nil {
 		return err
 	}
 	if _, err := tx.CreateBucket(logBucket); err != nil {
@@ -297,15 +311,21 @@ func (l logged) packed(before []byte) ([]byte, error) {
 	return gateway.Pack(record), nil
 }
 
-// readLog returns what the log has beyond the database, and the number of its last
-// change.
-func (s *Store) readLog(tx *bolt.Tx) (all map[groupKey]logged, last uint64, err error) {
+// remainder is what the log has beyond the database.
+type remainder struct {
+	groups map[groupKey]logged
+	marks  map[string]gateway.Mark // the last one of each spool
+	last   uint64                  // the number of its last change
+}
+
+// readLog returns what the log has beyond the database.
+func (s *Store) readLog(tx *bolt.Tx) (*remainder, error) {
 	applied, err := s.newLog(tx)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
-	all = map[groupKey]logged{}
-	last, err = s.log.replay(applied, func(payload []byte) error {
+	all, marks := map[groupKey]logged{}, map[string]gateway.Mark{}
+	last, err := s.log.replay(applied, func(payload []byte) error {
 		for len(payload) > 0 {
 			key, kind, content, rest, err := cutChange(payload)
 			if err != nil {
@@ -323,13 +343,19 @@ func (s *Store) readLog(tx *bolt.Tx) (all map[groupKey]logged, last uint64, err 
 				}
 				l.repeat = append(l.repeat[:0], content...)
 				all[key] = l
+			case changeMark:
+				var m gateway.Mark
+				if err := m.UnmarshalBinary(content); err != nil {
+					return err
+				}
+				marks[m.Spool] = m
 			default:
 				return fmt.Errorf("it is of kind %d, which this program doesn't know", kind)
 			}
 		}
 		return nil
 	})
-	return all, last, err
+	return &remainder{all, marks, last}, err
 }
 
 // readOnly reads the files without opening them for writing.
@@ -352,18 +378,18 @@ func (s *Store) readOnly() (err error) {
 		if tx.ID() <= firstTx {
 			return nil
 		}
-		logged, _, err := s.readLog(tx)
+		beyond, err := s.readLog(tx)
 		if err != nil {
 			return err
 		}
-		return s.readGroups(tx, logged)
+		return s.readAll(tx, beyond)
 	})
 }
 
-// readGroups reads all records. It returns an error for whatever is not as Apply
+// readAll reads all marks and records. It returns an error for whatever is not as Apply
 // left it: a store that opens in spite of damage would lose more with each write.
-func (s *Store) readGroups(tx *bolt.Tx, logged map[groupKey]logged) error {
-	s.records = nil
+func (s *Store) readAll(tx *bolt.Tx, beyond *remainder) error {
+	s.records, s.marks = nil, nil
 	b := tx.Bucket(groupsBucket)
 	if b == nil {
 		return errors.New("the groups are missing")
@@ -386,6 +412,30 @@ func (s *Store) readGroups(tx *bolt.Tx, logged map[groupKey]logged) error {
 	if n := b.Sequence(); n != uint64(len(packed)) {
 		return fmt.Errorf("there are %d groups, and there should be %d", len(packed), n)
 	}
+	marks := map[string]gateway.Mark{}
+	if spools := tx.Bucket(spoolsBucket); spools != nil { // a file of before there were spools lacks it
+		err := spools.ForEach(func(key, value []byte) error {
+			var m gateway.Mark
+			mark, err := gateway.Unpack(value)
+			if err == nil {
+				err = m.UnmarshalBinary(mark)
+			}
+			if err == nil && m.Spool != string(key) {
+				err = errors.New("it stands under another name")
+			}
+			if err != nil {
+				return fmt.Errorf("spool %q: %w", key, err)
+			}
+			marks[m.Spool] = m
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		if n := spools.Sequence(); n != uint64(len(marks)) {
+			return fmt.Errorf("there are %d spools, and there should be %d", len(marks), n)
+		}
+	}
 	var problem error
 	for p := range tx.Check() { // to its end: who checks waits for its reader
 		if problem == nil {
@@ -395,7 +445,13 @@ func (s *Store) readGroups(tx *bolt.Tx, logged map[groupKey]logged) error {
 	if problem != nil {
 		return problem
 	}
-	for key, l := range logged {
+	maps.Copy(marks, beyond.marks)
+	for _, m := range marks {
+		if m.Seq != 0 {
+			s.marks = append(s.marks, m)
+		}
+	}
+	for key, l := range beyond.groups {
 		if packed[key], err = l.packed(packed[key]); err != nil {
 			return err
 		}
@@ -428,11 +484,16 @@ func (s *Store) readGroups(tx *bolt.Tx, logged map[groupKey]logged) error {
 }
 
 // Load implements gateway.Backend.
-func (s *Store) Load(f func(gateway.Record) error) error {
-	records := s.records
-	s.records = nil
+func (s *Store) Load(group func(gateway.Record) error, mark func(gateway.Mark) error) error {
+	records, marks := s.records, s.marks
+	s.records, s.marks = nil, nil
 	for _, rec := range records {
-		if err := f(rec); err != nil {
+		if err := group(rec); err != nil {
+			return err
+		}
+	}
+	for _, m := range marks {
+		if err := mark(m); err != nil {
 			return err
 		}
 	}
@@ -443,7 +504,7 @@ func (s *Store) Load(f func(gateway.Record) error) error {
 }
 
 // Apply implements gateway.Backend, with one frame of the log.
-func (s *Store) Apply(changes []gateway.Change) error {
+func (s *Store) Apply(changes []gateway.Change, marks []gateway.Mark) error {
 	if s.err != nil {
 		return s.err
 	}
@@ -461,6 +522,12 @@ func (s *Store) Apply(changes []gateway.Change) error {
 			return err
 		}
 	}
+	for _, m := range marks {
+		var err error
+		if frame, err = appendContent(frame, keyOf(m.Spool), changeMark, m.AppendBinary); err != nil {
+			return err
+		}
+	}
 	err := s.log.write(frame)
 	if errors.Is(err, syscall.ENOSPC) && s.save() == nil {
 		err = s.log.write(frame) // what the log had is in the database, and its place is free
@@ -469,7 +536,10 @@ func (s *Store) Apply(changes []gateway.Change) error {
 		return err
 	}
 	for _, c := range changes {
-		s.pending[keyOf(c.ID)] = c.Record
+		s.pending.groups[keyOf(c.ID)] = c.Record
+	}
+	for _, m := range marks {
+		s.pending.marks[m.Spool] = m
 	}
 	if s.log.end >= saveAt && s.saving == nil && s.saveErr == nil {
 		s.startSave()
@@ -478,35 +548,35 @@ func (s *Store) Apply(changes []gateway.Change) error {
 }
 
 // A change in a frame is a groupKey, one byte of the kind, and for all kinds but the
-// first the length of the content as a varint and the content.
+// first the length of the content as a varint and the content. A mark, whose spool
+// stands in the content, has the hash of that for a key.
 const (
 	changeGone   = iota
 	changeRecord // Record.AppendBinary
 	changeRepeat // Record.AppendRepeat
+	changeMark   // Mark.AppendBinary
 )
 
 func appendChange(frame []byte, c gateway.Change) ([]byte, error) {
 	key := keyOf(c.ID)
-	frame = append(frame, key[:]...)
-	if c.Record == nil {
-		return append(frame, changeGone), nil
+	switch {
+	case c.Record == nil:
+		return append(append(frame, key[:]...), changeGone), nil
+	case c.Record.Repeats:
+		return appendContent(frame, key, changeRepeat, func(out []byte) ([]byte, error) { return c.Record.AppendRepeat(out), nil })
 	}
-	kind := byte(changeRecord)
-	if c.Record.Repeats {
-		kind = changeRepeat
-	}
+	return appendContent(frame, key, changeRecord, c.Record.AppendBinary)
+}
+
+// appendContent appends a change whose content is what add appends.
+func appendContent(frame []byte, key groupKey, kind byte, add func([]byte) ([]byte, error)) ([]byte, error) {
+	frame = append(append(frame, key[:]...), kind)
 	// The length stands in front of the content, and is known behind it.
 	const room = binary.MaxVarintLen32
-	frame = append(frame, kind)
 	at := len(frame)
-	frame = append(frame, make([]byte, room)...)
-	if c.Record.Repeats {
-		frame = c.Record.AppendRepeat(frame)
-	} else {
-		var err error
-		if frame, err = c.Record.AppendBinary(frame); err != nil {
-			return nil, err
-		}
+	frame, err := add(append(frame, make([]byte, room)...))
+	if err != nil {
+		return nil, err
 	}
 	size := len(frame) - at - room
 	used := binary.PutUvarint(frame[at:at+room], uint64(size))
@@ -535,7 +605,7 @@ func cutChange(payload []byte) (key groupKey, kind byte, content, rest []byte, e
 // the other file of the log: all that is in there is in the database.
 func (s *Store) startSave() {
 	saving, last := s.pending, s.log.tried
-	s.saving, s.pending, s.saved = saving, map[groupKey]*gateway.Record{}, make(chan error, 1)
+	s.saving, s.pending, s.saved = saving, newUnsaved(), make(chan error, 1)
 	s.log.turn()
 	go func() { s.saved <- s.saveTo(saving, last) }()
 }
@@ -556,11 +626,10 @@ func (s *Store) finishSave(wait bool) {
 		}
 	}
 	if err != nil {
-		for key, record := range s.saving {
-			if _, newer := s.pending[key]; !newer {
-				s.pending[key] = record
-			}
-		}
+		// What is pending is newer.
+		maps.Copy(s.saving.groups, s.pending.groups)
+		maps.Copy(s.saving.marks, s.pending.marks)
+		s.pending = s.saving
 	}
 	s.saving = nil
 	s.noteSave(err)
@@ -582,17 +651,17 @@ func (s *Store) save() error {
 	if s.noteSave(err); err != nil {
 		return err
 	}
-	s.pending = map[groupKey]*gateway.Record{}
+	s.pending = newUnsaved()
 	s.log.turn()
 	return nil
 }
 
-// saveTo writes records to the database, which then has all changes up to the given
-// one. It uses nothing of s that changes.
-func (s *Store) saveTo(records map[groupKey]*gateway.Record, last uint64) error {
-	packed := make(map[groupKey][]byte, len(records))
+// saveTo writes to the database, which then has all changes up to the given one. It
+// uses nothing of s that changes.
+func (s *Store) saveTo(what *unsaved, last uint64) error {
+	packed := make(map[groupKey][]byte, len(what.groups))
 	var plain []byte
-	for key, record := range records {
+	for key, record := range what.groups {
 		if record == nil {
 			packed[key] = nil
 			continue
@@ -603,10 +672,11 @@ func (s *Store) saveTo(records map[groupKey]*gateway.Record, last uint64) error 
 		}
 		packed[key] = gateway.Pack(plain)
 	}
-	return update(s.db, s.path, func(tx *bolt.Tx) error { return put(tx, packed, s.log.store, last) })
+	return update(s.db, s.path, func(tx *bolt.Tx) error { return put(tx, packed, what.marks, s.log.store, last) })
 }
 
-func put(tx *bolt.Tx, packed map[groupKey][]byte, store, last uint64) error {
+// put changes all that is given, and notes up to which change of the log that goes.
+func put(tx *bolt.Tx, packed map[groupKey][]byte, marks map[string]gateway.Mark, store, last uint64) error {
 	b := tx.Bucket(groupsBucket)
 	b.FillPercent = 0.9 // records of a group are of one size: there is no need for room in each page
 	n := b.Sequence()
@@ -630,6 +700,38 @@ func put(tx *bolt.Tx, packed map[groupKey][]byte, store, last uint64) error {
 	if err := b.SetSequence(n); err != nil {
 		return err
 	}
+	if len(marks) > 0 {
+		spools, err := tx.CreateBucketIfNotExists(spoolsBucket)
+		if err != nil {
+			return err
+		}
+		n := spools.Sequence()
+		for _, name := range slices.Sorted(maps.Keys(marks)) {
+			m, exists := marks[name], spools.Get([]byte(name)) != nil
+			if m.Seq == 0 {
+				if exists {
+					n--
+				}
+				if err := spools.Delete([]byte(name)); err != nil {
+					return err
+				}
+				continue
+			}
+			if !exists {
+				n++
+			}
+			mark, err := m.AppendBinary(nil)
+			if err != nil {
+				return err
+			}
+			if err := spools.Put([]byte(name), gateway.Pack(mark)); err != nil {
+				return err
+			}
+		}
+		if err := spools.SetSequence(n); err != nil {
+			return err
+		}
+	}
 	return noteApplied(tx, store, last)
 }
 
@@ -651,7 +753,7 @@ func (s *Store) Probe() error {
 		return s.err
 	}
 	if s.err != nil {
-		if err := s.openForWriting(func(*bolt.Tx, map[groupKey]logged) error { return nil }); err != nil {
+		if err := s.openForWriting(func(*bolt.Tx, *remainder) error { return nil }); err != nil {
 			return err
 		}
 		s.err = nil
@@ -688,7 +790,7 @@ func (s *Store) Close() error {
 	if s.damaged {
 		return nil // a lock that the panic left held would make it wait for ever
 	}
-	if len(s.pending) > 0 {
+	if len(s.pending.groups) > 0 || len(s.pending.marks) > 0 {
 		if err := s.save(); err != nil {
 			s.logger.Warn("The push store could not be tidied up; nothing is lost, its log has all changes", "err", err)
 		}

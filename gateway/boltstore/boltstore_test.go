@@ -15,6 +15,8 @@ import (
 	"sync"
 	"testing"
 
+	bolt "go.etcd.io/bbolt"
+
 	"github.com/culvert-io/culvert/gateway"
 	"github.com/culvert-io/culvert/gateway/boltstore"
 )
@@ -24,7 +26,8 @@ type store struct {
 	t    *testing.T
 	path string
 	*gateway.Gateway
-	stop func()
+	stop   func()
+	spools map[string]uint64 // the last number of each
 }
 
 func open(t *testing.T, path string) *store {
@@ -40,7 +43,7 @@ func open(t *testing.T, path string) *store {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- groups.Run(ctx) }()
-	s := &store{t: t, path: path, Gateway: gateway.New(gateway.Config{}, groups)}
+	s := &store{t: t, path: path, Gateway: gateway.New(gateway.Config{}, groups), spools: map[string]uint64{}}
 	s.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -53,7 +56,17 @@ func open(t *testing.T, path string) *store {
 
 func (s *store) push(method, path, body string) {
 	s.t.Helper()
+	if w := s.send(method, path, body, ""); w.Code/100 != 2 {
+		s.t.Errorf("%s %s: %d %s", method, path, w.Code, w.Body)
+	}
+}
+
+// send makes a request, with an ID where that is not empty.
+func (s *store) send(method, path, body, id string) *httptest.ResponseRecorder {
 	r := httptest.NewRequest(method, "/metrics/job"+path, strings.NewReader(body))
+	if id != "" {
+		r.Header.Set(gateway.HeaderPushID, id)
+	}
 	rest, _, _ := strings.Cut(path, "?")
 	w := httptest.NewRecorder()
 	if method == http.MethodDelete {
@@ -61,8 +74,29 @@ func (s *store) push(method, path, body string) {
 	} else {
 		s.ServePush(w, r, rest)
 	}
-	if w.Code/100 != 2 {
-		s.t.Errorf("%s %s: %d %s", method, path, w.Code, w.Body)
+	return w
+}
+
+// pushOnce makes the next request of a spool, and checks the status.
+func (s *store) pushOnce(spool, method, path, body string, status int) {
+	s.t.Helper()
+	s.spools[spool]++
+	if w := s.send(method, path, body, fmt.Sprintf("%s/%d", spool, s.spools[spool])); w.Code != status || w.Header().Get(gateway.HeaderPushRepeated) != "" {
+		s.t.Errorf("%s %s: %d %v %s", method, path, w.Code, w.Header(), w.Body)
+	}
+}
+
+// expectSpools checks how far the spools are, by requests that change nothing, unless
+// they do wrongly.
+func (s *store) expectSpools(spools map[string]uint64) {
+	s.t.Helper()
+	for spool, seq := range spools {
+		for repeated := max(seq, 2) - 1; repeated <= seq; repeated++ {
+			w := s.send(http.MethodPost, "/wrong", "wrong 1\n", fmt.Sprintf("%s/%d", spool, repeated))
+			if w.Header().Get(gateway.HeaderPushRepeated) != "true" || w.Header().Get(gateway.HeaderPushSeq) != fmt.Sprint(seq) {
+				s.t.Errorf("spool %s: push %d of %d was answered %d %v", spool, repeated, seq, w.Code, w.Header())
+			}
+		}
 	}
 }
 
@@ -93,14 +127,15 @@ func (s *store) crashed() string {
 	return filepath.Join(dir, filepath.Base(s.path))
 }
 
-// expectAfterCrash compares the exposition with that after a crash, and after that
-// with the one after an orderly end.
+// expectAfterCrash compares the exposition and the spools with those after a crash, and
+// after that with those after an orderly end.
 func (s *store) expectAfterCrash(what string) {
 	s.t.Helper()
 	want := s.exposition()
 	path := s.crashed()
 	for _, end := range []string{"a crash", "an orderly end"} {
 		again := open(s.t, path)
+		again.expectSpools(s.spools)
 		if got := again.exposition(); got != want {
 			s.t.Fatalf("%s: after %s got\n%.3000s\nwant\n%.3000s", what, end, got, want)
 		}
@@ -138,6 +173,83 @@ func TestCrash(t *testing.T) {
 	}
 }
 
+// What a push with an ID changed, and that it did, are there after a crash together.
+func TestCrashWithIDs(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "push.db"))
+	const a, b = "spool-a_0123456789", "spool-b_0123456789"
+	for _, p := range []struct {
+		spool, method, path, body string
+		status                    int
+	}{
+		{a, "POST", "/sum?aggregate=sum", "# TYPE c counter\nc 1\n", 200},
+		{b, "POST", "/sum?aggregate=sum", "# TYPE c counter\nc 1\n", 200},
+		{a, "POST", "/sum?aggregate=sum", "# TYPE c counter\nc 1\n", 200},
+		{a, "PUT", "/plain", "m 1\n", 200},
+		{a, "PUT", "/plain", "m 2\n", 200},   // other values
+		{a, "PUT", "/plain", "m 3 3\n", 400}, // refused, and its failure time set
+		{b, "DELETE", "/nobody", "", 202},    // nothing but the mark
+		{b, "DELETE", "/plain", "", 202},
+		{a, "POST", "/sum?aggregate=sum", "# TYPE c counter\nc 1\n", 200},
+	} {
+		s.pushOnce(p.spool, p.method, p.path, p.body, p.status)
+		s.expectAfterCrash(p.method + " " + p.path + " " + p.body)
+	}
+	if got := s.exposition(); !strings.Contains(got, "c{instance=\"\",job=\"sum\"} 4\n") {
+		t.Errorf("got\n%s", got)
+	}
+}
+
+// A file that was written when there were no spools yet gets them.
+func TestFileWithoutSpools(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "push.db")
+	s := open(t, path)
+	s.push("PUT", "/a", "m 1\n")
+	s.stop()
+	change(t, path, func(tx *bolt.Tx) error { return tx.DeleteBucket([]byte("spools")) })
+	s = open(t, path)
+	s.pushOnce("spool-a_0123456789", "PUT", "/b", "m 1\n", 200)
+	s.expectAfterCrash("the first push with an ID")
+}
+
+// A mark that was changed or lost would let a push be made twice.
+func TestDamagedSpools(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "push.db")
+	s := open(t, path)
+	s.pushOnce("spool-a_0123456789", "PUT", "/a", "m 1\n", 200)
+	s.pushOnce("spool-b_0123456789", "PUT", "/a", "m 1\n", 200)
+	s.stop()
+	for what, damage := range map[string]func(b *bolt.Bucket) error{
+		"spool-a_0123456789": func(b *bolt.Bucket) error {
+			value := bytes.Clone(b.Get([]byte("spool-a_0123456789")))
+			value[len(value)/2] ^= 1
+			return b.Put([]byte("spool-a_0123456789"), value)
+		},
+		"another name": func(b *bolt.Bucket) error {
+			value := bytes.Clone(b.Get([]byte("spool-a_0123456789")))
+			return b.Put([]byte("spool-b_0123456789"), value)
+		},
+		"1 spools": func(b *bolt.Bucket) error { return b.Delete([]byte("spool-a_0123456789")) },
+	} {
+		damaged := s.crashed()
+		change(t, damaged, func(tx *bolt.Tx) error { return damage(tx.Bucket([]byte("spools"))) })
+		if _, err := boltstore.Open(damaged, nil); !errors.Is(err, boltstore.ErrDamaged) || !strings.Contains(err.Error(), what) {
+			t.Errorf("got %v, want ErrDamaged and %q", err, what)
+		}
+	}
+}
+
+// change changes a database behind the store's back.
+func change(t *testing.T, path string, f func(*bolt.Tx) error) {
+	t.Helper()
+	db, err := bolt.Open(path, 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(db.Update(f), db.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // The log's files are written several times over, while the database is written in the
 // background; whenever the process is killed nothing is missing.
 func TestCrashBetweenSaves(t *testing.T) {
@@ -153,6 +265,9 @@ func TestCrashBetweenSaves(t *testing.T) {
 		}
 		s.push(http.MethodPut, fmt.Sprint("/large/group/", n%10), fmt.Sprintf("changes{push=\"%d\"} 1\n", n)+large.String())
 		s.push(http.MethodPut, "/small", fmt.Sprintf("small %d\n", n))
+		// Some spools push once, others again and again.
+		s.pushOnce(fmt.Sprintf("spool-%012d", n), http.MethodPost, "/sum?aggregate=sum", "# TYPE c counter\nc 1\n", http.StatusOK)
+		s.pushOnce(fmt.Sprintf("spool-often-%d-of-3", n%3), http.MethodPost, "/sum?aggregate=sum", "# TYPE c counter\nc 1\n", http.StatusOK)
 		if n%25 == 24 {
 			s.expectAfterCrash(fmt.Sprint("push ", n))
 		}
