@@ -31,11 +31,11 @@ func (c *clock) advance(d time.Duration) { c.nanos.Add(int64(d)) }
 
 // server is a gateway that runs for the time of a test.
 type server struct {
-	t *testing.T
+	t testing.TB
 	*gateway.Gateway
 }
 
-func start(t *testing.T, config gateway.StoreConfig, backend gateway.Backend) server {
+func start(t testing.TB, config gateway.StoreConfig, backend gateway.Backend) server {
 	t.Helper()
 	config.Logger = slog.New(slog.DiscardHandler)
 	store, err := gateway.OpenStore(config, backend)
