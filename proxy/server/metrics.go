@@ -18,6 +18,7 @@ type metrics struct {
 	registrations *prometheus.CounterVec
 	ended         *prometheus.CounterVec
 	rtt           prometheus.Histogram
+	relayed       *prometheus.CounterVec
 	reloadOK      prometheus.Gauge
 	reloadTime    prometheus.Gauge
 }
@@ -61,6 +62,10 @@ func newMetrics(registry *prometheus.Registry, s *Server, stored bool) *metrics 
 			NativeHistogramMaxBucketNumber:  100,
 			NativeHistogramMinResetDuration: time.Hour,
 		}),
+		relayed: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "culvert_proxy_push_relayed_total",
+			Help: "Pushes that agents relayed, by outcome: applied, repeated (it was there already), refused (the agent drops it), unavailable (the agent sends it again). A rise of refused means that jobs push what can't be taken.",
+		}, []string{"outcome"}),
 		reloadOK: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "culvert_proxy_config_last_reload_successful",
 			Help: "Whether the last reload of the configuration succeeded.",
@@ -70,7 +75,7 @@ func newMetrics(registry *prometheus.Registry, s *Server, stored bool) *metrics 
 			Help: "When the configuration was last loaded with success.",
 		}),
 	}
-	registry.MustRegister(m.scrapes, m.duration, m.bytes, m.handshakes, m.registrations, m.ended, m.rtt, m.reloadOK, m.reloadTime,
+	registry.MustRegister(m.scrapes, m.duration, m.bytes, m.handshakes, m.registrations, m.ended, m.rtt, m.relayed, m.reloadOK, m.reloadTime,
 		agentsCollector{s},
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "culvert_proxy_streams",
@@ -97,6 +102,9 @@ func newMetrics(registry *prometheus.Registry, s *Server, stored bool) *metrics 
 			}
 			return 0
 		}))
+	for _, outcome := range []string{relayApplied, relayRepeated, relayRefused, relayUnavailable} {
+		m.relayed.WithLabelValues(outcome)
+	}
 	m.reloaded(nil)
 	return m
 }

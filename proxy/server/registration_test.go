@@ -148,7 +148,7 @@ func TestRegistrationBody(t *testing.T) {
 	})
 	for _, c := range []struct{ method, path string }{
 		{"GET", "/v1/registration"}, {"POST", "/v1/registration"}, {"GET", "/"}, {"GET", "/metrics"},
-		{"GET", "/api/v1/agents"}, {"PUT", "/v2/registration"}, {"PUT", "/metrics/job/x"},
+		{"GET", "/api/v1/agents"}, {"PUT", "/v2/registration"}, {"PUT", "/api/v1/admin/wipe"},
 	} {
 		t.Run("unknown "+c.method+" "+c.path, func(t *testing.T) {
 			status, code, _ := control(t, s, c.method, c.path, nil)

@@ -71,7 +71,7 @@ type Config struct {
 	ConnectIdleTimeout time.Duration
 	// MaxHandshakes bounds the sessions that have not registered yet: 256 by default.
 	MaxHandshakes int
-	// ShutdownTimeout bounds how long running scrapes may take after Run's context
+	// ShutdownTimeout bounds how long running scrapes and relays may take after Run's context
 	// has ended: 20 s by default.
 	ShutdownTimeout time.Duration
 
@@ -159,7 +159,7 @@ func New(config Config) (*Server, error) {
 	s.metrics = newMetrics(config.Registry, s, stored)
 	s.config.Session.Stats = s.metrics.stats
 	s.config.Session.Logger = s.logger
-	setDefault(&s.config.Session.MaxAccepted, 8) // agents open streams for control alone
+	setDefault(&s.config.Session.MaxAccepted, 2*maxRelays) // agents open streams for control and relays alone
 	if err := s.openPushStore(); err != nil {
 		return nil, err
 	}
@@ -334,14 +334,15 @@ func (t *tasks) wait() {
 	t.group.Wait()
 }
 
-// inFlight counts the scrapes that shutdown waits for: those that began before it.
+// inFlight counts the scrapes and relays that shutdown waits for: those that began
+// before it.
 type inFlight struct {
 	mu      sync.Mutex // protects what follows
 	n       int
 	drained chan struct{} // not nil: drain was called; closed when n is 0
 }
 
-// enter returns what is to be called when the scrape ends.
+// enter returns what is to be called when the scrape or relay ends.
 func (f *inFlight) enter() (leave func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/culvert-io/culvert/protocol"
@@ -48,7 +49,9 @@ func (s *Server) serveTunnel(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.metrics.handshakes.WithLabelValues(outcomeOK).Inc()
-	l := &sessionListener{Listener: session.Listener(), conn: &agentConn{Conn: fleet.NewConn(session)}}
+	l := &sessionListener{Listener: session.Listener(), conn: &agentConn{
+		Conn: fleet.NewConn(session), turn: make(chan struct{}, 1), relays: make(chan struct{}, maxRelays),
+	}}
 	l.conn.expire = time.AfterFunc(registerTimeout, func() {
 		s.logger.Debug("No registration came", "agent", session.Agent, "from", session.RemoteAddr)
 		session.Close()
@@ -81,9 +84,10 @@ func (s *Server) admit(r *http.Request) *protocol.Refusal {
 // agentConn is a session while it is served.
 type agentConn struct {
 	*fleet.Conn
-	expire     *time.Timer // ends the session that doesn't register
-	registered bool        // used by one request at a time: see serveAgent
-	turn       chan struct{}
+	expire     *time.Timer   // ends the session that doesn't register
+	registered atomic.Bool   // changed by who has the turn
+	turn       chan struct{} // of one registration at a time
+	relays     chan struct{} // a token for each relay that runs
 }
 
 type connKey struct{}
@@ -97,7 +101,6 @@ type sessionListener struct {
 // serveSession serves the streams that the agent opens, until the session ends.
 func (s *Server) serveSession(l *sessionListener) {
 	conn := l.conn
-	conn.turn = make(chan struct{}, 1)
 	s.agentAPI.Serve(l)
 	conn.expire.Stop()
 	registered := conn.isRegistered()
@@ -121,10 +124,10 @@ func (s *Server) serveSession(l *sessionListener) {
 func (c *agentConn) isRegistered() bool {
 	c.turn <- struct{}{}
 	defer func() { <-c.turn }()
-	return c.registered
+	return c.registered.Load()
 }
 
-// serveAgent answers the requests of an agent. All of them are control.
+// serveAgent answers the requests of an agent. All of them are control, or pushes.
 func (s *Server) serveAgent(w http.ResponseWriter, r *http.Request) {
 	conn := r.Context().Value(connKey{}).(*agentConn)
 	route := r.Method + " " + r.URL.Path
@@ -152,6 +155,9 @@ func (s *Server) serveAgent(w http.ResponseWriter, r *http.Request) {
 			s.closeTunnels(ctx, func(t *tunnel) bool { return t.conn == conn.Conn })
 		})
 	default:
+		if s.relay(w, r, conn) {
+			return
+		}
 		protocol.Refusef(http.StatusNotFound, protocol.CodeNotFound, "%s %s: this proxy knows no such control request", r.Method, r.RequestURI).Write(w)
 	}
 }
@@ -194,8 +200,8 @@ func (s *Server) register(w http.ResponseWriter, r *http.Request, conn *agentCon
 	if !check {
 		s.metrics.registrations.WithLabelValues(outcomeOK).Inc()
 	}
-	if !check && !conn.registered {
-		conn.registered = true
+	if !check && !conn.registered.Load() {
+		conn.registered.Store(true)
 		conn.expire.Stop()
 		s.pending.Add(-1)
 		s.logger.Info("Agent connected", "agent", conn.Agent, "from", conn.RemoteAddr, "version", clip(reg.Version, 40), "transport", conn.Session.Transport)
