@@ -17,12 +17,12 @@
 // binary WebSocket messages of the subprotocol culvert.v1.
 //
 // Both ends speak HTTP/1.1 over the streams. A request whose target starts with
-// "/" is control (registration, drain); one in absolute form, or CONNECT, is a
-// scrape. Only the proxy sends scrapes.
+// "/" is control (registration, drain), or from the agent a push that it relays;
+// one in absolute form, or CONNECT, is a scrape. Only the proxy sends scrapes.
 //
 // # Versions
 //
-//	1: upgrade, WebSocket fallback, registration, drain, leave.
+//	1: upgrade, WebSocket fallback, registration, drain, leave, relayed pushes.
 package protocol
 
 import (
