@@ -111,7 +111,7 @@ func startExposition(w http.ResponseWriter, r *http.Request) (format expfmt.Form
 	format = negotiate(r.Header)
 	w.Header().Set("Content-Type", string(format))
 	w.Header().Add("Vary", "Accept, Accept-Encoding")
-	if !acceptsGzip(r.Header) {
+	if !AcceptsGzip(r.Header) {
 		return format, bufio.NewWriterSize(w, 64<<10), func() {}
 	}
 	w.Header().Set("Content-Encoding", "gzip")
@@ -159,9 +159,9 @@ func negotiate(h http.Header) expfmt.Format {
 	return format
 }
 
-// acceptsGzip reports whether an Accept-Encoding names gzip, with a weight that is
+// AcceptsGzip reports whether an Accept-Encoding names gzip, with a weight that is
 // not 0.
-func acceptsGzip(h http.Header) bool {
+func AcceptsGzip(h http.Header) bool {
 	for _, line := range h.Values("Accept-Encoding") {
 		for part := range strings.SplitSeq(line, ",") {
 			coding, params, _ := strings.Cut(part, ";")

@@ -51,6 +51,7 @@ type Fleet struct {
 	hosts     map[string]map[*Agent]struct{} // exact hosts
 	wildcards map[string]map[*Agent]struct{} // suffixes ".example.net"
 	newest    time.Time                      // when a name registered for the first time
+	changes   uint64                         // counts what discovery can see: see changed
 }
 
 // Agent is one known agent.
@@ -66,6 +67,7 @@ type Agent struct {
 	since        time.Time
 	firstSeen    time.Time
 	reason       string // why it was lost
+	change       uint64 // Fleet.changes at its last change
 	waiters      map[chan struct{}]struct{}
 }
 
@@ -128,6 +130,7 @@ func Open(config Config) (*Fleet, error) {
 		}
 		f.agents[a.Name] = a
 		f.index(a)
+		f.changed(a)
 	}
 	return f, nil
 }
@@ -207,6 +210,7 @@ func (f *Fleet) Lost(conn *Conn, reason string) bool {
 		return false
 	}
 	a.conn, a.since, a.reason = nil, time.Now(), reason
+	f.changed(a)
 	rec := a.record()
 	f.mu.Unlock()
 	conn.Transport.CloseIdleConnections()
@@ -273,6 +277,7 @@ func (f *Fleet) remove(name string, if_ func(*Agent) bool) (*Conn, bool) {
 	a.conn = nil
 	f.unindex(a)
 	delete(f.agents, name)
+	f.changed(a)
 	f.mu.Unlock()
 	if f.store != nil {
 		f.store.saveLater(record{Name: name, deleted: true})

@@ -21,6 +21,10 @@ type Info struct {
 	RTTSeconds   float64               `json:"rtt_seconds,omitempty"`
 	Streams      int                   `json:"streams"`
 	Registration protocol.Registration `json:"registration"`
+
+	// Change grows with each change of what discovery lists: of two infos of one
+	// name with the same Change, Connected and Registration are the same.
+	Change uint64 `json:"-"`
 }
 
 // Agents returns what is known, sorted by name. The registrations are shared:
@@ -49,13 +53,28 @@ func (f *Fleet) Agent(name string) (Info, bool) {
 func (a *Agent) info() Info {
 	i := Info{
 		Name: a.Name, Kind: "culvert", Since: a.since, FirstSeen: a.firstSeen,
-		LostReason: a.reason, Registration: a.registration,
+		LostReason: a.reason, Registration: a.registration, Change: a.change,
 	}
 	if c := a.conn; c != nil {
 		i.Connected, i.RemoteAddr, i.Transport = true, c.RemoteAddr, c.Session.Transport
 		i.RTTSeconds, i.Streams = c.RTT().Seconds(), c.NumStreams()
 	}
 	return i
+}
+
+// Changes returns a number that grows whenever an agent comes, goes, or changes in
+// a way that discovery lists. What Agents returned at the same number is still true.
+func (f *Fleet) Changes() uint64 {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return f.changes
+}
+
+// changed notes a change of a, the one thing that outdates what was made of
+// Agents. It is called with mu held.
+func (f *Fleet) changed(a *Agent) {
+	f.changes++
+	a.change = f.changes
 }
 
 // Counts returns how many agents are connected and how many are lost.

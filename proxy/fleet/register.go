@@ -50,6 +50,7 @@ func (f *Fleet) Register(ctx context.Context, conn *Conn, reg protocol.Registrat
 				}
 			}
 		}
+		f.changed(a)
 		rec := a.record()
 		f.mu.Unlock()
 		if old != nil && old != conn {

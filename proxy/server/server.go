@@ -103,6 +103,7 @@ type Server struct {
 	quit         chan struct{} // closed by /-/quit
 	quitOnce     sync.Once
 	agentAPI     *http.Server // serves the streams that agents open
+	lists        lists        // of discovery
 
 	draining atomic.Bool
 	running  inFlight
