@@ -27,6 +27,7 @@ type frameConn struct {
 
 	stats    *Stats
 	failed   func()       // called when a read or write fails
+	closed   func()       // called when yamux, which has ended then, closes the connection
 	lastRead atomic.Int64 // Unix nanoseconds
 	writing  atomic.Int64 // Unix nanoseconds since when a write runs, 0: none
 
@@ -92,6 +93,7 @@ const (
 
 	frameTypeWindowUpdate = 1
 	frameTypePing         = 2
+	frameFlagSYN          = 1
 	frameFlagRST          = 8
 )
 
@@ -160,7 +162,11 @@ func (c *frameConn) writeReset(stream uint32) {
 	c.note(err)
 }
 
-func (c *frameConn) Close() error { return c.rw.Close() }
+func (c *frameConn) Close() error {
+	err := c.rw.Close()
+	c.closed()
+	return err
+}
 
 // frameWatch follows the frames that come in. yamux answers each ping in a
 // goroutine of its own, which waits for the connection: whoever sends many pings
@@ -171,6 +177,7 @@ type frameWatch struct {
 	body   uint32 // bytes of the frame's body that are still to come
 	pings  int    // since second
 	second time.Time
+	opened func() // called when the other side opens a stream
 }
 
 // maxPings bounds the pings that a side may send in a second.
@@ -190,6 +197,9 @@ func (w *frameWatch) see(p []byte) error {
 			return nil
 		}
 		w.have = 0
+		if w.header[3]&frameFlagSYN != 0 && w.header[1] <= frameTypeWindowUpdate {
+			w.opened()
+		}
 		switch w.header[1] {
 		case frameTypeData:
 			w.body = binary.BigEndian.Uint32(w.header[8:])

@@ -147,6 +147,13 @@ type Session struct {
 	streams map[*Stream]struct{}
 	dead    *time.Timer // fires when the session may have been silent for DeadAfter
 	shrink  *time.Timer // armed while there are streams
+
+	// See handle.go.
+	handler      func(*Stream)
+	unaccepted   int    // streams that the other side opened and Handle has not passed on
+	accepting    bool   // a goroutine accepts for handler
+	afterEnd     func() // nil: none, or called
+	disconnected bool   // yamux has closed the connection
 }
 
 // newSession starts a session on conn, which it owns from now on.
@@ -154,7 +161,7 @@ func newSession(conn *frameConn, config SessionConfig, dialled bool) (*Session, 
 	config = config.withDefaults(dialled)
 	s := &Session{config: config, conn: conn, streams: map[*Stream]struct{}{}}
 	conn.stats = config.Stats
-	conn.failed = s.wakeStreams
+	conn.failed, conn.closed, conn.incoming.opened = s.wakeStreams, s.connClosed, s.opened
 	conn.lastRead.Store(time.Now().UnixNano())
 	conn.limit(firstUnsent)
 	s.taken = make(chan struct{}, config.MaxAccepted)

@@ -565,3 +565,51 @@ func TestHTTPOverStreams(t *testing.T) {
 		})
 	}
 }
+
+// TestHandle: every stream of the other side is passed on, those too that were
+// opened before; the end of the session is told once, whenever it is asked for.
+func TestHandle(t *testing.T) {
+	for _, transport := range transports {
+		t.Run(transport, func(t *testing.T) {
+			p := tunnel{transport: transport}.open(t)
+			const number = 50
+			open := func() {
+				c, err := p.agent.Open(t.Context())
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if _, err := c.Write([]byte{1}); err != nil {
+					t.Error(err)
+				}
+			}
+			for range number / 2 {
+				open()
+			}
+			handled := make(chan *protocol.Stream, number)
+			p.proxy.Handle(func(st *protocol.Stream) { handled <- st })
+			var opening sync.WaitGroup
+			for range number / 2 {
+				opening.Go(open)
+			}
+			for range number {
+				st := await(t, "a stream", handled)
+				if _, err := io.ReadFull(st, make([]byte, 1)); err != nil {
+					t.Error(err)
+				}
+			}
+			opening.Wait()
+			open() // after a while without any
+			await(t, "one more stream", handled)
+
+			ended := make(chan error, 2)
+			p.proxy.AfterEnd(func() { ended <- p.proxy.Err() })
+			p.agent.Close()
+			if err := await(t, "the end", ended); !errors.Is(err, protocol.ErrPeerClosed) {
+				t.Errorf("the session ended with %v", err)
+			}
+			p.proxy.AfterEnd(func() { ended <- p.proxy.Err() })
+			await(t, "the end, asked for late", ended)
+		})
+	}
+}

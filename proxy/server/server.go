@@ -102,16 +102,18 @@ type Server struct {
 	started      time.Time
 	quit         chan struct{} // closed by /-/quit
 	quitOnce     sync.Once
-	agentAPI     *http.Server // serves the streams that agents open
-	lists        lists        // of discovery
+	agentAPI     *http.Server // serves agentStreams
+	agentStreams *streamListener
+	lists        lists // of discovery
 
 	draining atomic.Bool
 	running  inFlight
 	pending  atomic.Int64 // sessions that have not registered
-	sessions tasks        // of sessions and tunnels
+	sessions tasks        // sessions, and goroutines of them and of tunnels
 
-	mu      sync.Mutex // protects tunnels
+	mu      sync.Mutex // protects what follows
 	tunnels map[*tunnel]struct{}
+	conns   map[*agentConn]struct{} // all sessions; nil: no more are taken
 }
 
 // New checks the configuration and reads the stored state.
@@ -135,7 +137,7 @@ func New(config Config) (*Server, error) {
 	}
 	id := make([]byte, 16)
 	rand.Read(id)
-	s := &Server{config: config, id: hex.EncodeToString(id), logger: config.Logger, tunnels: map[*tunnel]struct{}{}, started: time.Now(), quit: make(chan struct{})}
+	s := &Server{config: config, id: hex.EncodeToString(id), logger: config.Logger, tunnels: map[*tunnel]struct{}{}, conns: map[*agentConn]struct{}{}, agentStreams: newStreamListener(), started: time.Now(), quit: make(chan struct{})}
 	if err := s.loadSettings(); err != nil {
 		return nil, err
 	}
@@ -172,8 +174,8 @@ func New(config Config) (*Server, error) {
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       time.Minute,
 		ErrorLog:          errorLog(s.logger),
-		BaseContext: func(l net.Listener) context.Context {
-			return context.WithValue(context.Background(), connKey{}, l.(*sessionListener).conn)
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, c.(agentStream).conn)
 		},
 	}
 	return s, nil
@@ -228,6 +230,7 @@ func (s *Server) Run(ctx context.Context) error {
 	var pushErr error
 	stores.Go(func() { s.fleet.Run(storesCtx) })
 	stores.Go(func() { pushErr = s.push.run(storesCtx) })
+	s.sessions.start(func() { s.agentAPI.Serve(s.agentStreams) })
 	group, groupCtx := errgroup.WithContext(ctx)
 	for _, l := range append(s.main[:len(s.main):len(s.main)], s.agents...) {
 		group.Go(func() error {
@@ -290,7 +293,11 @@ func (s *Server) shutdown() {
 	told.Wait()
 	stopped.Wait()
 	s.closeTunnels(ctx, func(*tunnel) bool { return true })
-	for _, conn := range s.fleet.Conns() {
+	s.mu.Lock()
+	open := s.conns
+	s.conns = nil
+	s.mu.Unlock()
+	for conn := range open {
 		conn.Transport.CloseIdleConnections()
 		conn.Close()
 	}

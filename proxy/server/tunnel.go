@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -49,18 +50,27 @@ func (s *Server) serveTunnel(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.metrics.handshakes.WithLabelValues(outcomeOK).Inc()
-	l := &sessionListener{Listener: session.Listener(), conn: &agentConn{
-		Conn: fleet.NewConn(session), turn: make(chan struct{}, 1), relays: make(chan struct{}, maxRelays),
-	}}
-	l.conn.expire = time.AfterFunc(registerTimeout, func() {
+	conn := &agentConn{Conn: fleet.NewConn(session), turn: make(chan struct{}, 1), relays: make(chan struct{}, maxRelays)}
+	s.mu.Lock()
+	if s.conns == nil || !s.sessions.begin() {
+		s.mu.Unlock()
+		s.pending.Add(-1)
+		session.Close()
+		return
+	}
+	s.conns[conn] = struct{}{}
+	s.mu.Unlock()
+	conn.expire = time.AfterFunc(registerTimeout, func() {
 		s.logger.Debug("No registration came", "agent", session.Agent, "from", session.RemoteAddr)
 		session.Close()
 	})
-	if !s.sessions.start(func() { s.serveSession(l) }) {
-		l.conn.expire.Stop()
-		s.pending.Add(-1)
-		session.Close()
-	}
+	// No goroutine of the session's own waits for its streams and its end: of
+	// thousands, nearly all have nothing to do.
+	session.AfterEnd(func() {
+		defer s.sessions.group.Done()
+		s.sessionEnded(conn)
+	})
+	session.Handle(func(stream *protocol.Stream) { s.agentStreams.pass(agentStream{stream, conn}) })
 }
 
 // admit checks what the handshake says of the agent.
@@ -92,25 +102,51 @@ type agentConn struct {
 
 type connKey struct{}
 
-// sessionListener carries the session to the handler.
-type sessionListener struct {
-	net.Listener
+// agentStream is a stream that an agent has opened.
+type agentStream struct {
+	*protocol.Stream
 	conn *agentConn
 }
 
-// serveSession serves the streams that the agent opens, until the session ends.
-func (s *Server) serveSession(l *sessionListener) {
-	conn := l.conn
-	s.agentAPI.Serve(l)
+// streamListener passes the streams of all sessions to one http.Server.
+type streamListener struct {
+	streams chan agentStream
+	once    sync.Once
+	closed  chan struct{}
+}
+
+func newStreamListener() *streamListener {
+	return &streamListener{streams: make(chan agentStream), closed: make(chan struct{})}
+}
+
+func (l *streamListener) pass(stream agentStream) {
+	select {
+	case l.streams <- stream:
+	case <-l.closed:
+		stream.Close()
+	}
+}
+
+func (l *streamListener) Accept() (net.Conn, error) {
+	select {
+	case stream := <-l.streams:
+		return stream, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *streamListener) Close() error   { l.once.Do(func() { close(l.closed) }); return nil }
+func (l *streamListener) Addr() net.Addr { return &net.UnixAddr{Name: "tunnels", Net: "culvert"} }
+
+// sessionEnded clears up behind a session.
+func (s *Server) sessionEnded(conn *agentConn) {
 	conn.expire.Stop()
 	registered := conn.isRegistered()
 	if !registered {
 		s.pending.Add(-1)
 	}
 	reason := conn.Err()
-	if reason == nil { // Serve ended because the proxy stops
-		reason = protocol.ErrClosed
-	}
 	if s.fleet.Lost(conn.Conn, reason.Error()) && !s.draining.Load() {
 		s.logger.Info("Agent lost", "agent", conn.Agent, "from", conn.RemoteAddr, "reason", reason)
 	}
@@ -119,6 +155,9 @@ func (s *Server) serveSession(l *sessionListener) {
 	}
 	conn.Transport.CloseIdleConnections()
 	conn.Close()
+	s.mu.Lock()
+	delete(s.conns, conn)
+	s.mu.Unlock()
 }
 
 func (c *agentConn) isRegistered() bool {
