@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"net"
 	"net/http"
 )
 
@@ -41,14 +40,10 @@ func (s *Session) control(ctx context.Context, method, path string, message any)
 		return err
 	}
 	req.Header.Set("Content-Type", "application/json")
-	transport := &http.Transport{
-		// Not the transport's context, which outlives the request.
-		DialContext:       func(context.Context, string, string) (net.Conn, error) { return s.Open(ctx) },
-		DisableKeepAlives: true,
-	}
-	resp, err := transport.RoundTrip(req)
+	req.Close = true // there is seldom another one
+	resp, err := (&Transport{Session: s}).RoundTrip(req)
 	if err != nil {
-		return unwrapCause(ctx, err)
+		return err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode/100 != 2 {

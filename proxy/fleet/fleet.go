@@ -6,8 +6,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"net"
-	"net/http"
 	"sync"
 	"time"
 
@@ -74,22 +72,19 @@ type Agent struct {
 // Conn is a session of an agent, and the HTTP connections in it.
 type Conn struct {
 	*protocol.Session
-	// Transport sends requests through the session. The URL's host is ignored.
-	Transport *http.Transport
+	// Transport sends requests through the session.
+	Transport *protocol.Transport
 	started   time.Time
 }
 
 // NewConn returns a Conn for the session.
 func NewConn(s *protocol.Session) *Conn {
-	return &Conn{Session: s, started: time.Now(), Transport: &http.Transport{
-		DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return s.Open(ctx) },
-		DisableCompression: true,
-		// A scraper's own limit is of that size.
-		MaxResponseHeaderBytes: 64 << 10,
-		MaxIdleConnsPerHost:    64,
-		IdleConnTimeout:        6 * time.Minute, // longer than common scrape intervals: opening a stream costs
-	}}
+	return &Conn{Session: s, started: time.Now(), Transport: &protocol.Transport{Session: s}}
 }
+
+// streamIdle is how long a stream waits for the next scrape: longer than common
+// scrape intervals, since opening one costs.
+const streamIdle = 6 * time.Minute
 
 // Open reads the known agents from the store. It returns an error when the
 // store's file can't be had; the caller decides whether to go on without.
@@ -135,8 +130,8 @@ func Open(config Config) (*Fleet, error) {
 	return f, nil
 }
 
-// Run forgets agents that were lost for ForgetAfter, until ctx ends; then it
-// closes the store.
+// Run forgets agents that were lost for ForgetAfter, and closes streams that wait for
+// no scrape, until ctx ends; then it closes the store.
 func (f *Fleet) Run(ctx context.Context) {
 	if f.store != nil {
 		defer f.store.close()
@@ -158,6 +153,9 @@ func (f *Fleet) Run(ctx context.Context) {
 			}
 			continue
 		case <-tick.C:
+		}
+		for _, conn := range f.Conns() {
+			conn.Transport.CloseIdle(streamIdle)
 		}
 		for _, name := range f.expired(time.Now()) {
 			if _, ok := f.remove(name, func(a *Agent) bool { return a.conn == nil }); ok {
