@@ -146,7 +146,9 @@ type Session struct {
 	closed  bool
 	streams map[*Stream]struct{}
 	dead    *time.Timer // fires when the session may have been silent for DeadAfter
-	shrink  *time.Timer // armed while there are streams
+	shrink  *time.Timer // runs shrinkIdle
+
+	shrinking bool // shrink is armed
 
 	// See handle.go.
 	handler      func(*Stream)
@@ -476,27 +478,48 @@ func (s *Session) wrap(y *yamux.Stream, accepted bool) *Stream {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.streams[st] = struct{}{}
-	if s.shrink == nil {
-		s.shrink = time.AfterFunc(shrinkAfter, s.shrinkIdle)
-	} else if len(s.streams) == 1 && !s.closed {
-		s.shrink.Reset(shrinkAfter)
-	}
+	s.armShrink()
 	return st
 }
 
-// shrinkIdle gives back the receive buffers of streams that wait in a pool.
+// awaitIdle has a stream that was shrunk shrunk again when it is idle again.
+func (s *Session) awaitIdle(st *Stream) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st.shrunk.Store(false)
+	s.armShrink()
+}
+
+// armShrink is called with mu held, when there is a stream that isn't shrunk.
+func (s *Session) armShrink() {
+	switch {
+	case s.shrinking || s.closed:
+		return
+	case s.shrink == nil:
+		s.shrink = time.AfterFunc(shrinkAfter, s.shrinkIdle)
+	default:
+		s.shrink.Reset(shrinkAfter)
+	}
+	s.shrinking = true
+}
+
+// shrinkIdle gives back the receive buffers of streams that wait in a pool. It
+// runs again as long as there are others: of thousands of sessions, nearly all have
+// none at any time.
 func (s *Session) shrinkIdle() {
 	s.mu.Lock()
+	s.shrinking = false
 	var idle []*Stream
 	now := time.Now().UnixNano()
 	for st := range s.streams {
-		if used := st.lastUse.Load(); now-used >= int64(shrinkAfter) && used != st.shrunkAt {
-			st.shrunkAt = used
+		switch {
+		case st.shrunk.Load():
+		case now-st.lastUse.Load() >= int64(shrinkAfter):
+			st.shrunk.Store(true)
 			idle = append(idle, st)
+		default:
+			s.armShrink()
 		}
-	}
-	if len(s.streams) > 0 && !s.closed {
-		s.shrink.Reset(shrinkAfter)
 	}
 	s.mu.Unlock()
 	for _, st := range idle {

@@ -23,8 +23,8 @@ type Stream struct {
 	closing atomic.Bool
 	halved  atomic.Int64 // Unix nanoseconds of CloseWrite, 0: never
 
-	accepted bool  // opened by the other side
-	shrunkAt int64 // lastUse when it was shrunk last; protected by session.mu
+	accepted bool        // opened by the other side
+	shrunk   atomic.Bool // shrunk, and nothing read since; set with session.mu held
 }
 
 // copySize is the size of the largest data frame: the price of a frame is two
@@ -38,6 +38,9 @@ func (st *Stream) Read(p []byte) (int, error) {
 	n, err := st.mux.Read(p)
 	if n > 0 {
 		st.lastUse.Store(time.Now().UnixNano())
+		if st.shrunk.Load() {
+			st.session.awaitIdle(st)
+		}
 	}
 	switch {
 	case st.closing.Load() && err != nil:
