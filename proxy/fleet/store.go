@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -154,12 +155,14 @@ func (s *store) commit() {
 	if len(pending) == 0 {
 		return
 	}
-	err := s.db.Update(func(tx *bolt.Tx) error {
+	values := map[string][]byte{} // nil: delete
+	err := s.db.View(func(tx *bolt.Tx) error {
 		b := tx.Bucket(agentsBucket)
 		for name, rec := range pending {
+			stored := b.Get([]byte(name))
 			if rec.deleted {
-				if err := b.Delete([]byte(name)); err != nil {
-					return err
+				if stored != nil {
+					values[name] = nil
 				}
 				continue
 			}
@@ -167,12 +170,30 @@ func (s *store) commit() {
 			if err != nil {
 				return err
 			}
-			if err := b.Put([]byte(name), value); err != nil {
-				return err
+			// After a crash of the proxy all agents come back as they were, in no time.
+			if !bytes.Equal(value, stored) {
+				values[name] = value
 			}
 		}
 		return nil
 	})
+	if err == nil && len(values) > 0 {
+		err = s.db.Update(func(tx *bolt.Tx) error {
+			b := tx.Bucket(agentsBucket)
+			for name, value := range values {
+				var err error
+				if value == nil {
+					err = b.Delete([]byte(name))
+				} else {
+					err = b.Put([]byte(name), value)
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
 	if err != nil {
 		s.logger.Error("The list of known agents could not be written", "err", err, "retry_in", retryWrite)
 		s.retry(pending)
