@@ -164,7 +164,7 @@ func TestHandshakeWhileDraining(t *testing.T) {
 		if a.code != 503 || a.header.Get("Culvert-Error") != string(want) {
 			t.Errorf("%s while draining: got %d %s, %v", path, a.code, a.reason, a.err)
 		}
-		if v := a.header.Get("Retry-After"); want != "" && v != "5" {
+		if v := a.header.Get("Retry-After"); want != "" && v != "2" {
 			t.Errorf("Retry-After: %q", v)
 		}
 	}

@@ -19,8 +19,11 @@ import (
 const (
 	// registerTimeout is how long a session may live without a registration.
 	registerTimeout = 20 * time.Second
-	// busyRetry and drainRetry are the Retry-After of 429 and 503.
-	busyRetry, drainRetry = 2 * time.Second, 5 * time.Second
+	// busyRetry and drainRetry are the Retry-After of 429 and 503. A proxy that
+	// restarts is back soon: of its agents half would try too early for the new one.
+	busyRetry, drainRetry = 2 * time.Second, 2 * time.Second
+	// leaveTimeout bounds the wait for the answer to a leave to get through.
+	leaveTimeout = 5 * time.Second
 )
 
 // serveTunnel answers GET /tunnel, and serves the session.
@@ -284,7 +287,7 @@ func (s *Server) leave(w http.ResponseWriter, r *http.Request, conn *agentConn) 
 		w.WriteHeader(http.StatusNoContent)
 		http.NewResponseController(w).Flush()
 		s.sessions.start(func() {
-			ctx, cancel := context.WithTimeout(context.Background(), drainRetry)
+			ctx, cancel := context.WithTimeout(context.Background(), leaveTimeout)
 			defer cancel()
 			conn.Ping(ctx) // comes back behind the answer
 			conn.Close()
