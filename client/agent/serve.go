@@ -151,7 +151,7 @@ func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.Roun
 			}
 			resp.Header.Del(protocol.HeaderError) // a target must not speak for the agent
 			resp.Header.Del(protocol.HeaderMessage)
-			resp.Body = &countedBody{ReadCloser: resp.Body, agent: s.agent}
+			resp.Body = &countedBody{ReadCloser: resp.Body, agent: s.agent, fill: resp.ContentLength > 0}
 			return nil
 		},
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
@@ -183,14 +183,24 @@ func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.Roun
 	return outcome
 }
 
-// countedBody counts the bytes of response bodies.
+// countedBody counts the bytes of response bodies. It fills the buffer where the
+// length of the body is known: the pieces that the target's connection brings would
+// become small frames. Other bodies are passed on as they come.
 type countedBody struct {
 	io.ReadCloser
 	agent *Agent
+	fill  bool
 }
 
-func (b *countedBody) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
+func (b *countedBody) Read(p []byte) (n int, err error) {
+	for {
+		var got int
+		got, err = b.ReadCloser.Read(p[n:])
+		n += got
+		if err != nil || n == len(p) || !b.fill {
+			break
+		}
+	}
 	b.agent.metrics.bytes.Add(float64(n))
 	return n, err
 }

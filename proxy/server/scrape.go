@@ -280,7 +280,7 @@ func (sc *scrape) check(resp *http.Response) error {
 	if sc.mode == "path" {
 		sandbox(resp.Header)
 	}
-	resp.Body = &countedBody{resp.Body, sc.server.metrics}
+	resp.Body = &countedBody{resp.Body, sc.server.metrics, resp.ContentLength > 0}
 	return nil
 }
 
@@ -359,14 +359,23 @@ func (s *Server) timeout(h http.Header) time.Duration {
 	return max(timeout-s.config.TimeoutOffset, timeout/2)
 }
 
-// countedBody counts the bytes of response bodies.
+// countedBody counts the bytes of response bodies. It fills the buffer where the
+// length of the body is known: each write to the scraper is a system call.
 type countedBody struct {
 	io.ReadCloser
 	metrics *metrics
+	fill    bool
 }
 
-func (b *countedBody) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
+func (b *countedBody) Read(p []byte) (n int, err error) {
+	for {
+		var got int
+		got, err = b.ReadCloser.Read(p[n:])
+		n += got
+		if err != nil || n == len(p) || !b.fill {
+			break
+		}
+	}
 	b.metrics.bytes.Add(float64(n))
 	return n, err
 }
