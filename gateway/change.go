@@ -193,7 +193,13 @@ func (s *Store) markFailed(e *edit) *step {
 		g = newGroup(e.key)
 	}
 	next := g.state
-	next.failed = s.config.Now().UnixNano()
+	failed := s.config.Now().UnixNano()
+	if e.dated && !e.at.IsZero() {
+		// It was relayed, and failed when it was made: the group's next push, which is on
+		// its way, comes after that.
+		failed = min(failed, e.at.UnixNano())
+	}
+	next.failed = max(next.failed, failed)
 	next = s.rebuild(g, next, s.config.Now())
 	st := &step{group: g, old: g.state, new: next, created: !exists}
 	s.install(g, next)
