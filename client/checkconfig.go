@@ -11,6 +11,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"github.com/alecthomas/units"
 	"github.com/prometheus/common/config"
 	"go.yaml.in/yaml/v2"
 
@@ -96,11 +97,22 @@ func checkConfig(out io.Writer, flags *flags) error {
 	} else {
 		line("own metrics", "on no address of their own")
 	}
+	for _, address := range c.Push.ListenAddresses {
+		line("pushes", "on %s", address)
+	}
+	if c.Push.StoragePath != "" {
+		relay := "to each proxy"
+		if c.Push.Relay == agent.RelayFirst {
+			relay = "to the first proxy that is connected"
+		}
+		line("pushes", "with an instance: kept in %s, served by the target agent", c.Push.StoragePath)
+		line("pushes", "without one: relayed %s, at most %s wait in %s", relay, units.Base2Bytes(c.Push.SpoolMaxBytes), c.Push.StoragePath)
+	}
 	line("reconnects", "after at most %s, growing to %s", c.RetryInitialWait, c.RetryMaxWait)
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	if len(c.Allow) == 0 && len(c.Targets) == 0 {
+	if len(c.Allow) == 0 && len(c.Targets) == 0 && c.Push.StoragePath == "" {
 		fmt.Fprintln(out, "\nNothing may be scraped but the agent itself; allow ports with --allow=9100, or name targets with --target=NAME=URL.")
 	}
 	return nil
@@ -159,7 +171,7 @@ func explain(file string, err error) error {
 // from the given one.
 func closest(name string) string {
 	best, distance := "", 3
-	for _, of := range []any{file{}, fileTarget{}, fileHost{}, config.HTTPClientConfig{}, config.TLSConfig{}, config.BasicAuth{}, config.Authorization{}} {
+	for _, of := range []any{file{}, fileTarget{}, fileHost{}, fileTextfile{}, filePush{}, config.HTTPClientConfig{}, config.TLSConfig{}, config.BasicAuth{}, config.Authorization{}} {
 		t := reflect.TypeOf(of)
 		for i := range t.NumField() {
 			known, _, _ := strings.Cut(t.Field(i).Tag.Get("yaml"), ",")

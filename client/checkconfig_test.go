@@ -38,7 +38,9 @@ targets:
     url: https://10.0.0.1/metrics?module=if
     labels: {floor: "2"}
     basic_auth: {username: u, password: secret}
-`, "--fqdn=web-1", "--proxy-url=http://a:8080")
+storage_path: /var/lib/culvert-client
+push: {listen_addresses: ["unix:/run/p.sock"], relay: first}
+`, "--push.listen-address=127.0.0.1:9091", "--fqdn=web-1", "--proxy-url=http://a:8080")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,6 +48,9 @@ targets:
 		"agent web-1\n", `label __meta_culvert_label_env="prod"`, "proxy http://a:8080\n", "proxy https://u:xxxxx@b:8443\n",
 		"allow port 9100\n", "allow ports 9200 to 9299\n", "host web-1, at localhost\n", "host *.berlin.lan\n", "host db-2.lan, at 10.0.0.7\n",
 		`target http://router.web-1/metrics?module=if: https://10.0.0.1/metrics?module=if, with basic_auth, labels floor="2"`,
+		"pushes on 127.0.0.1:9091\n", "pushes on unix:/run/p.sock\n",
+		"pushes with an instance: kept in /var/lib/culvert-client, served by the target agent\n",
+		"pushes without one: relayed to the first proxy that is connected, at most 256MiB wait in /var/lib/culvert-client\n",
 		"own metrics on :9369\n", "reconnects after at most 1s, growing to 5s\n",
 	} {
 		if plain := strings.ReplaceAll(strings.Join(strings.Fields(strings.ReplaceAll(out, "\n", " \x00 ")), " "), " \x00", "\n"); !strings.Contains(plain, want) {
@@ -80,6 +85,8 @@ func TestCheckConfigErrors(t *testing.T) {
 		{"proxy_urls: [http://a]\ntargets: [{name: a b, url: http://x}]\n", nil, []string{"a b"}},
 		{"", []string{"--config.file=nowhere.yml"}, []string{"nowhere.yml"}},
 		{"", []string{"--proxy-url=ftp://a"}, []string{"ftp"}},
+		{"", []string{"--proxy-url=http://a", "--push.listen-address=127.0.0.1:9091"}, []string{"--storage.path=/var/lib"}},
+		{"push: {listen_address: [x]}\n", nil, []string{`"listen_address" is no field here; did you mean "listen_addresses"?`}},
 	} {
 		file, out, err := check(t, c.text, c.args...)
 		if err == nil || out != "" {

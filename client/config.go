@@ -45,6 +45,14 @@ type flags struct {
 	textfileMaxAgeSet          bool
 	textfileMaxFileSize        units.Base2Bytes
 	textfileMaxFileSizeSet     bool
+	pushAddresses              []string
+	storagePath                string
+	spoolMaxBytes              units.Base2Bytes
+	spoolMaxBytesSet           bool
+	maxBodySize                units.Base2Bytes
+	maxBodySizeSet             bool
+	relay                      string
+	relaySet                   bool
 	log                        *promslog.Config
 	logLevelSet, logFormatSet  bool
 	doctorTarget               string
@@ -117,7 +125,7 @@ func (f *flags) app() *kingpin.Application {
 		Default("1s").IsSetByUser(&f.initialWaitSet).DurationVar(&f.initialWait)
 	app.Flag("proxy.retry.max-wait", "Upper bound that the waits grow to, by half each time.").
 		Default("5s").IsSetByUser(&f.maxWaitSet).DurationVar(&f.maxWait)
-	app.Flag("metrics-addr", "Address for what the target \"agent\" serves, the agent's own metrics and the textfiles; empty: none.").
+	app.Flag("metrics-addr", "Address for what the target \"agent\" serves: the agent's own metrics, textfiles and the machine's pushes; empty: none.").
 		Default(":9369").IsSetByUser(&f.metricsAddressSet).StringVar(&f.metricsAddress)
 	app.Flag("textfile.directory", "Directory, or pattern of directories, whose *.prom and *.om files the target \"agent\" serves. Repeatable.").
 		StringsVar(&f.textfileDirectories)
@@ -125,6 +133,16 @@ func (f *flags) app() *kingpin.Application {
 		Default("0s").IsSetByUser(&f.textfileMaxAgeSet).SetValue(&f.textfileMaxAge)
 	app.Flag("textfile.max-file-size", "Textfiles that are larger are left out.").
 		Default("16MiB").IsSetByUser(&f.textfileMaxFileSizeSet).BytesVar(&f.textfileMaxFileSize)
+	app.Flag("push.listen-address", "HOST:PORT, or unix:PATH of a socket, for pushes of this host's jobs, by the Pushgateway's API. Repeatable; off by default.").
+		PlaceHolder("127.0.0.1:9091").StringsVar(&f.pushAddresses)
+	app.Flag("storage.path", "Directory for what was pushed; --push.listen-address needs one.").
+		StringVar(&f.storagePath)
+	app.Flag("push.relay", "Who gets the pushes without an instance: \"all\" proxies, where each has a push store of its own, or the \"first\" that is connected, where they share one.").
+		Default(string(agent.RelayAll)).IsSetByUser(&f.relaySet).EnumVar(&f.relay, string(agent.RelayAll), string(agent.RelayFirst))
+	app.Flag("push.spool-max-bytes", "How much may wait on disk for the proxies; then pushes are refused.").
+		Default("256MiB").IsSetByUser(&f.spoolMaxBytesSet).BytesVar(&f.spoolMaxBytes)
+	app.Flag("push.max-body-size", "Largest body of a push, decompressed too.").
+		Default("64MiB").IsSetByUser(&f.maxBodySizeSet).BytesVar(&f.maxBodySize)
 	app.Flag(promslogflag.LevelFlagName, promslogflag.LevelFlagHelp).
 		Default("info").HintOptions(promslog.LevelFlagOptions...).IsSetByUser(&f.logLevelSet).SetValue(f.log.Level)
 	app.Flag(promslogflag.FormatFlagName, promslogflag.FormatFlagHelp).
@@ -153,6 +171,8 @@ type file struct {
 	RetryMaxWait     model.Duration    `yaml:"retry_max_wait"`
 	MetricsAddress   *string           `yaml:"metrics_address"`
 	Textfile         fileTextfile      `yaml:"textfile"`
+	Push             filePush          `yaml:"push"`
+	StoragePath      string            `yaml:"storage_path"`
 	LogLevel         string            `yaml:"log_level"`
 	LogFormat        string            `yaml:"log_format"`
 }
@@ -175,6 +195,13 @@ type fileTextfile struct {
 	Directories []string       `yaml:"directories"`
 	MaxAge      model.Duration `yaml:"max_age"`
 	MaxFileSize fileBytes      `yaml:"max_file_size"`
+}
+
+type filePush struct {
+	ListenAddresses []string    `yaml:"listen_addresses"`
+	Relay           agent.Relay `yaml:"relay"`
+	SpoolMaxBytes   fileBytes   `yaml:"spool_max_bytes"`
+	MaxBodySize     fileBytes   `yaml:"max_body_size"`
 }
 
 // fileBytes is a size as in 16MiB.
@@ -284,6 +311,21 @@ func (f *flags) load() (*settings, error) {
 	if !f.textfileMaxFileSizeSet && c.Textfile.MaxFileSize != 0 {
 		s.Agent.Textfile.MaxFileSize = int64(c.Textfile.MaxFileSize)
 	}
+	push := &s.Agent.Push
+	push.ListenAddresses = append(append([]string{}, f.pushAddresses...), c.Push.ListenAddresses...)
+	push.StoragePath = cmp.Or(f.storagePath, c.StoragePath)
+	push.Relay = agent.Relay(f.relay)
+	if !f.relaySet && c.Push.Relay != "" {
+		push.Relay = c.Push.Relay
+	}
+	push.SpoolMaxBytes = int64(f.spoolMaxBytes)
+	if !f.spoolMaxBytesSet && c.Push.SpoolMaxBytes != 0 {
+		push.SpoolMaxBytes = int64(c.Push.SpoolMaxBytes)
+	}
+	push.MaxBodySize = int64(f.maxBodySize)
+	if !f.maxBodySizeSet && c.Push.MaxBodySize != 0 {
+		push.MaxBodySize = int64(c.Push.MaxBodySize)
+	}
 	if len(f.labels) > 0 {
 		s.Agent.Labels = maps.Clone(c.Labels)
 		if s.Agent.Labels == nil {
@@ -342,6 +384,12 @@ func parseFile(text []byte, dir string) (file, error) {
 	}
 	for i, directory := range c.Textfile.Directories {
 		c.Textfile.Directories[i] = config.JoinDir(dir, directory)
+	}
+	c.StoragePath = config.JoinDir(dir, c.StoragePath)
+	for i, address := range c.Push.ListenAddresses {
+		if path, ok := strings.CutPrefix(address, "unix:"); ok {
+			c.Push.ListenAddresses[i] = "unix:" + config.JoinDir(dir, path)
+		}
 	}
 	return c, nil
 }

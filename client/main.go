@@ -78,8 +78,11 @@ func run(ctx context.Context, flags *flags) error {
 		return err
 	}
 	logger.Info("Starting culvert-client", "agent", a.Name(), "version", version.Info())
-	if len(settings.Agent.Allow) == 0 && len(settings.Agent.Targets) == 0 && len(settings.Agent.Textfile.Directories) == 0 {
+	if len(settings.Agent.Allow) == 0 && len(settings.Agent.Targets) == 0 && len(settings.Agent.Textfile.Directories) == 0 && settings.Agent.Push.StoragePath == "" {
 		logger.Warn("Nothing may be scraped but the agent itself; allow ports with --allow=9100, or name targets with --target=NAME=URL")
+	}
+	if settings.Agent.Push.StoragePath != "" && len(settings.Agent.Push.ListenAddresses) == 0 {
+		logger.Info("No pushes are taken without --push.listen-address; those that are in the storage path are served and relayed", "path", settings.Agent.Push.StoragePath)
 	}
 	stopMetrics := serveMetrics(settings.MetricsAddress, a, logger)
 	defer stopMetrics()
@@ -93,7 +96,7 @@ func run(ctx context.Context, flags *flags) error {
 			case <-ctx.Done():
 				return
 			case <-hangup:
-				err := reload(flags, a, registry, settings.MetricsAddress)
+				err := reload(flags, a, registry, settings)
 				if err != nil {
 					logger.Error("Reload failed, the old configuration stays", "err", err)
 				} else {
@@ -105,14 +108,25 @@ func run(ctx context.Context, flags *flags) error {
 	return a.Run(ctx)
 }
 
-func reload(flags *flags, a *agent.Agent, registry *prometheus.Registry, metricsAddress string) error {
+// reload reads the configuration again. first is that of the start.
+func reload(flags *flags, a *agent.Agent, registry *prometheus.Registry, first *settings) error {
 	settings, err := flags.load()
 	if err != nil {
 		return err
 	}
 	settings.Agent.Gatherer = registry
-	if settings.MetricsAddress != metricsAddress {
-		settings.Agent.Logger.Warn("The new metrics_address takes a restart", "now", metricsAddress, "new", settings.MetricsAddress)
+	for _, fixed := range []struct {
+		name     string
+		now, new any
+	}{
+		{"metrics_address", first.MetricsAddress, settings.MetricsAddress},
+		{"storage_path", first.Agent.Push.StoragePath, settings.Agent.Push.StoragePath},
+		{"push.listen_addresses", fmt.Sprint(first.Agent.Push.ListenAddresses), fmt.Sprint(settings.Agent.Push.ListenAddresses)},
+		{"push.max_body_size", first.Agent.Push.MaxBodySize, settings.Agent.Push.MaxBodySize},
+	} {
+		if fixed.now != fixed.new {
+			settings.Agent.Logger.Warn("The new "+fixed.name+" takes a restart", "now", fixed.now, "new", fixed.new)
+		}
 	}
 	return a.Reload(settings.Agent)
 }

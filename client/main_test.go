@@ -47,7 +47,9 @@ retry_max_wait: 7s
 metrics_address: ""
 local_host: 127.0.0.1
 textfile: {directories: [/b/*, c], max_age: 1d, max_file_size: 1MiB}
-`, "--textfile.directory=/a", "--textfile.max-file-size=2MiB", "--proxy-url=http://a:8080", "--fqdn=from-flag", "--label=env=test", "--allow=1-5,7", "--target=node=http://localhost:9100", "--host=x.lan", "--proxy.retry.max-wait=9s")
+storage_path: state
+push: {listen_addresses: ["127.0.0.1:9091", "unix:p.sock"], relay: first, spool_max_bytes: 1GiB, max_body_size: 1000}
+`, "--push.listen-address=unix:/run/a.sock", "--push.spool-max-bytes=2GiB", "--textfile.directory=/a", "--textfile.max-file-size=2MiB", "--proxy-url=http://a:8080", "--fqdn=from-flag", "--label=env=test", "--allow=1-5,7", "--target=node=http://localhost:9100", "--host=x.lan", "--proxy.retry.max-wait=9s")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,6 +78,11 @@ textfile: {directories: [/b/*, c], max_age: 1d, max_file_size: 1MiB}
 	if c.Textfile.MaxAge != 24*time.Hour || c.Textfile.MaxFileSize != 2<<20 {
 		t.Errorf("textfiles: %+v", c.Textfile)
 	}
+	if p := c.Push; len(p.ListenAddresses) != 3 || p.ListenAddresses[0] != "unix:/run/a.sock" || p.ListenAddresses[1] != "127.0.0.1:9091" ||
+		!filepath.IsAbs(strings.TrimPrefix(p.ListenAddresses[2], "unix:")) || !filepath.IsAbs(p.StoragePath) || filepath.Base(p.StoragePath) != "state" ||
+		p.Relay != agent.RelayFirst || p.SpoolMaxBytes != 2<<30 || p.MaxBodySize != 1000 {
+		t.Errorf("pushes: %+v", p)
+	}
 	if _, err := agent.New(c); err != nil {
 		t.Error(err)
 	}
@@ -90,6 +97,8 @@ func TestLoadErrors(t *testing.T) {
 		{"log_level: loud", "", "log_level"},
 		{"textfile: {max_file_size: big}", "", `"big"`},
 		{"", "--textfile.max-age=-1s", "-1s"},
+		{"push: {spool_max_bytes: big}", "", `"big"`},
+		{"", "--push.relay=some", "some"},
 		{"tls_config: {ca_file: nowhere.pem}", "", "nowhere.pem"},
 		{"", "--config.file=nowhere.yml", "nowhere.yml"},
 		{"", "--allow=x", `"x"`},

@@ -61,6 +61,9 @@ type Config struct {
 	// Textfile names directories of textfiles, which the target "agent" serves too. No
 	// Directories, no textfile collector. Its Logger is the agent's by default.
 	Textfile textfile.Config
+	// Push says where pushes of the host are taken. Without a Push.StoragePath none are.
+	// A reload changes all of it but ListenAddresses, StoragePath and MaxBodySize.
+	Push Push
 	// ShutdownTimeout bounds how long running scrapes may take after Run's context
 	// has ended, and the proxies were told, for which there are 3 s. 10 s by default.
 	ShutdownTimeout time.Duration
@@ -102,10 +105,12 @@ type Agent struct {
 	instance string
 	metrics  *metrics
 	current  atomic.Pointer[snapshot]
+	pushes   atomic.Pointer[pushes] // nil: none are taken
 
 	mu      sync.Mutex // protects what follows, and changes of current
 	links   map[string]*link
-	running context.Context  // of Run, nil before
+	started bool             // Run was called
+	running context.Context  // of the links, nil before there are any
 	tasks   sync.WaitGroup   // the links' goroutines
 	held    map[string]*link // by the proxy's ID: one session each
 }
@@ -126,17 +131,27 @@ func New(cfg Config) (*Agent, error) {
 
 // Run keeps the sessions until ctx ends. Then it tells the proxies that it goes,
 // lets running scrapes finish for at most Config.ShutdownTimeout, and returns
-// nil. It may be called once.
+// nil. It may be called once. It returns an error at once where it can't take pushes as
+// Config.Push says.
 func (a *Agent) Run(ctx context.Context) error {
 	a.mu.Lock()
-	if a.running != nil {
+	if a.started {
 		a.mu.Unlock()
 		return errors.New("agent: Run was called twice")
 	}
+	a.started = true
+	a.mu.Unlock()
+	// Before there are sessions: the first scrape finds the machine's groups.
+	stopPushes, err := a.startPushes(a.current.Load().Push)
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
 	a.running = ctx
 	a.startLinks()
 	a.mu.Unlock()
 	<-ctx.Done()
+	stopPushes()
 	a.tasks.Wait()
 	return nil
 }
@@ -150,18 +165,26 @@ func (a *Agent) Reload(cfg Config) error {
 	if err != nil {
 		return err
 	}
+	a.reload(snap)
+	if p := a.pushes.Load(); p != nil {
+		p.configure()
+		p.changed() // a session may have got another URL
+	}
+	return nil
+}
+
+func (a *Agent) reload(snap *snapshot) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	old := a.current.Swap(snap)
 	old.retire()
 	if a.running == nil || a.running.Err() != nil {
-		return nil
+		return
 	}
 	a.startLinks()
 	for _, l := range a.links {
 		l.reload(old, snap)
 	}
-	return nil
 }
 
 // startLinks starts and stops links so that there is one for each proxy URL. It
@@ -208,7 +231,7 @@ func (a *Agent) release(id string, l *link) {
 	}
 	delete(a.held, id)
 	for _, other := range a.links {
-		if other.second.Swap(false) {
+		if other.second.Swap(nil) != nil {
 			other.nudge()
 		}
 	}
@@ -397,7 +420,10 @@ func (a *Agent) newSnapshot(cfg Config) (*snapshot, error) {
 		return nil, err
 	}
 	var err error
-	if s.self, err = newSelf(a.metrics, cfg); err != nil {
+	if err = cfg.Push.check(); err != nil {
+		return nil, err
+	}
+	if s.self, err = newSelf(a, cfg); err != nil {
 		return nil, err
 	}
 	return s, nil

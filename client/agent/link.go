@@ -38,7 +38,7 @@ type link struct {
 	logger func() *slog.Logger
 
 	connected atomic.Bool
-	second    atomic.Bool // waits because another link has a session to its proxy
+	second    atomic.Pointer[link] // has a session to the same proxy, so this link waits
 
 	wake        chan struct{} // cuts a wait short
 	registering sync.Mutex    // held during a registration in place
@@ -98,10 +98,10 @@ func (l *link) run(ctx context.Context) {
 }
 
 // errSameProxy: two URLs lead to one proxy.
-type errSameProxy struct{ other string }
+type errSameProxy struct{ link *link }
 
 func (e errSameProxy) Error() string {
-	return "this is the same proxy as " + e.other + ", which has a session already; remove one of the two --proxy-url"
+	return "this is the same proxy as " + e.link.label + ", which has a session already; remove one of the two --proxy-url"
 }
 
 // connect dials and registers.
@@ -114,7 +114,7 @@ func (l *link) connect(ctx context.Context, dialer *protocol.Dialer, snap *snaps
 	if other := l.agent.hold(session.Proxy, l); other != nil {
 		session.Close()
 		l.agent.metrics.connects.WithLabelValues(l.label, "same-proxy").Inc()
-		return nil, errSameProxy{other.label}
+		return nil, errSameProxy{other}
 	}
 	rctx, cancel := context.WithTimeout(ctx, registerTimeout)
 	defer cancel()
@@ -158,7 +158,8 @@ func (l *link) failed(err error) time.Duration {
 		}
 	} else if errors.As(err, &same) {
 		wait = slowly(slowWait)
-		l.second.Store(true)
+		l.second.Store(same.link)
+		l.agent.pushes.Load().changed()
 	}
 	if refusal, ok := protocol.AsRefusal(err); ok && refusal.Code == "" {
 		wait = max(wait, slowly(takenWait)) // something between us answered
@@ -285,6 +286,7 @@ func (l *link) setSession(s *protocol.Session) {
 	l.session = s
 	l.mu.Unlock()
 	l.connected.Store(s != nil)
+	l.agent.pushes.Load().changed()
 }
 
 func (l *link) currentSession() *protocol.Session {

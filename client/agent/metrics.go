@@ -19,6 +19,11 @@ type metrics struct {
 	connects   *prometheus.CounterVec
 	reconnects *prometheus.CounterVec
 	dropped    prometheus.Counter
+
+	// Of pushes, where they are taken.
+	relayed       *prometheus.CounterVec
+	relayRetries  *prometheus.CounterVec
+	spoolRequests *prometheus.CounterVec
 }
 
 func newMetrics(a *Agent) *metrics {
@@ -58,6 +63,18 @@ func newMetrics(a *Agent) *metrics {
 			Help: "Series that scrapes of the agent itself left out because the agent has the same one, or the same name with another type, from another source. Those of textfiles are in culvert_client_textfile_dropped_series.",
 		}),
 	}
+	m.relayed = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "culvert_client_relayed_pushes_total",
+		Help: "Pushes that left the spool for a proxy, by outcome: applied, repeated (the proxy had it from an earlier try), and what the proxy will never take, which was dropped: refused, too_large, other. A rise of refused means that jobs push what can't be taken; the log names them.",
+	}, []string{"proxy", "outcome"})
+	m.relayRetries = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "culvert_client_relay_retries_total",
+		Help: "Tries to relay a push that are to be repeated, by reason: no_answer, forbidden, not_supported (by an old proxy), busy, unavailable. What rises on and on holds all pushes up; the log says why.",
+	}, []string{"proxy", "reason"})
+	m.spoolRequests = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "culvert_client_spool_requests_total",
+		Help: "Pushes and deletions for the proxies' push stores that came from this host, by status code: 202 is in the spool, 400 can't ever be taken, 503 has no room in the spool, or can't be written to it.",
+	}, []string{"code"})
 	m.registry.MustRegister(m.scrapes, m.duration, m.inFlight, m.bytes, m.connects, m.reconnects, m.dropped,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "culvert_client_streams",
@@ -107,5 +124,77 @@ func (c sessionCollector) Collect(ch chan<- prometheus.Metric) {
 		if rtt := session.RTT(); rtt > 0 {
 			ch <- prometheus.MustNewConstMetric(rttDesc, prometheus.GaugeValue, rtt.Seconds(), label)
 		}
+	}
+}
+
+var (
+	spoolUpDesc = prometheus.NewDesc("culvert_client_push_store_up",
+		"1 while pushes are taken, 0 while a file of them can't be opened or written.", nil, nil)
+	spoolBytesDesc = prometheus.NewDesc("culvert_client_spool_bytes",
+		"Bytes that wait in the spool for any proxy.", nil, nil)
+	spoolMaxDesc = prometheus.NewDesc("culvert_client_spool_max_bytes",
+		"Bytes that the spool may have: --push.spool-max-bytes.", nil, nil)
+	spoolRefusedDesc = prometheus.NewDesc("culvert_client_spool_refused_total",
+		"Pushes that were refused because the spool had no room.", nil, nil)
+	spoolWaitingDesc = prometheus.NewDesc("culvert_client_spool_waiting_pushes",
+		"Pushes that wait in the spool for this proxy, or for the first that is connected.", []string{"proxy"}, nil)
+	spoolWaitingBytesDesc = prometheus.NewDesc("culvert_client_spool_waiting_bytes",
+		"Bytes that wait in the spool for this proxy, or for the first that is connected.", []string{"proxy"}, nil)
+	spoolAgeDesc = prometheus.NewDesc("culvert_client_spool_oldest_age_seconds",
+		"How long ago the oldest push that waits for this proxy was made, 0 where none waits. A steady rise means that it takes none.", []string{"proxy"}, nil)
+	spoolTrimmedDesc = prometheus.NewDesc("culvert_client_spool_trimmed_total",
+		"Pushes that this proxy will not get because it was away, the spool was full, and another proxy had them.", []string{"proxy"}, nil)
+)
+
+// pushCollector tells of the spool as it is now, and holds the counters that are of use
+// where pushes are taken.
+type pushCollector struct {
+	pushes   *pushes
+	counters []prometheus.Collector
+}
+
+func newPushCollector(p *pushes) *pushCollector {
+	m := p.agent.metrics
+	return &pushCollector{p, []prometheus.Collector{m.relayed, m.relayRetries, m.spoolRequests}}
+}
+
+func (c *pushCollector) Describe(ch chan<- *prometheus.Desc) {
+	for _, counter := range c.counters {
+		counter.Describe(ch)
+	}
+	for _, desc := range []*prometheus.Desc{spoolUpDesc, spoolBytesDesc, spoolMaxDesc, spoolRefusedDesc, spoolWaitingDesc, spoolWaitingBytesDesc, spoolAgeDesc, spoolTrimmedDesc} {
+		ch <- desc
+	}
+}
+
+func (c *pushCollector) Collect(ch chan<- prometheus.Metric) {
+	for _, counter := range c.counters {
+		counter.Collect(ch)
+	}
+	metric := func(desc *prometheus.Desc, kind prometheus.ValueType, value float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(desc, kind, value, labels...)
+	}
+	up := 1.0
+	if c.pushes.Err() != nil {
+		up = 0
+	}
+	metric(spoolUpDesc, prometheus.GaugeValue, up)
+	spool := c.pushes.spool.Load()
+	if spool == nil {
+		return
+	}
+	stats := spool.Stats()
+	metric(spoolBytesDesc, prometheus.GaugeValue, float64(stats.Bytes))
+	metric(spoolMaxDesc, prometheus.GaugeValue, float64(stats.MaxBytes))
+	metric(spoolRefusedDesc, prometheus.CounterValue, float64(stats.Refused))
+	for name, cursor := range stats.Cursors {
+		age := 0.0
+		if cursor.Pushes > 0 {
+			age = max(0, time.Since(cursor.Oldest).Seconds())
+		}
+		metric(spoolWaitingDesc, prometheus.GaugeValue, float64(cursor.Pushes), name)
+		metric(spoolWaitingBytesDesc, prometheus.GaugeValue, float64(cursor.Bytes), name)
+		metric(spoolAgeDesc, prometheus.GaugeValue, age, name)
+		metric(spoolTrimmedDesc, prometheus.CounterValue, float64(cursor.Trimmed), name)
 	}
 }

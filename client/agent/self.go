@@ -16,17 +16,20 @@ import (
 // self is the target "agent": what the agent says of itself and of its host, put together.
 // Where sources clash the earlier one wins; that never fails a scrape.
 type self struct {
-	sources   []prometheus.Gatherer // the agent's own metrics first
+	sources   []prometheus.Gatherer // the agent's own metrics first, the machine's groups last
 	textfiles *textfile.Collector   // after all sources; nil without directories
 	metrics   *metrics
 	logger    *slog.Logger
 }
 
-func newSelf(m *metrics, cfg Config) (*self, error) {
-	s := &self{sources: []prometheus.Gatherer{m.registry}, metrics: m, logger: cfg.Logger}
+func newSelf(a *Agent, cfg Config) (*self, error) {
+	s := &self{sources: []prometheus.Gatherer{a.metrics.registry}, metrics: a.metrics, logger: cfg.Logger}
 	if cfg.Gatherer != nil {
 		s.sources = append(s.sources, cfg.Gatherer)
 	}
+	s.sources = append(s.sources, prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
+		return a.pushes.Load().Gather()
+	}))
 	if len(cfg.Textfile.Directories) == 0 {
 		return s, nil
 	}
@@ -51,6 +54,11 @@ func (s *self) gather() []*dto.MetricFamily {
 	families, dropped := textfile.Merge(gathered...)
 	s.metrics.dropped.Add(float64(dropped))
 	return families
+}
+
+// own returns the agent's own metrics.
+func (s *self) own() ([]*dto.MetricFamily, error) {
+	return prometheus.Gatherers(s.sources[:len(s.sources)-1]).Gather()
 }
 
 // collect returns a snapshot of all that is served; it must not be called without
