@@ -13,6 +13,7 @@ import (
 
 	"github.com/alecthomas/units"
 	"github.com/prometheus/common/config"
+	"github.com/prometheus/common/model"
 	"go.yaml.in/yaml/v2"
 
 	"github.com/culvert-io/culvert/client/agent"
@@ -96,6 +97,13 @@ func checkConfig(out io.Writer, flags *flags) error {
 		line("own metrics", "on %s", settings.MetricsAddress)
 	} else {
 		line("own metrics", "on no address of their own")
+	}
+	for _, dir := range c.Textfile.Directories {
+		age := "however old"
+		if c.Textfile.MaxAge > 0 {
+			age = "at most " + model.Duration(c.Textfile.MaxAge).String() + " old"
+		}
+		line("textfiles", "in %s, %s", dir, age)
 	}
 	for _, address := range c.Push.ListenAddresses {
 		line("pushes", "on %s", address)

@@ -133,6 +133,16 @@ func TestREADME(t *testing.T) {
 			t.Errorf("README.md lacks --%s", flag.Name)
 		}
 	}
+	for _, command := range new(flags).app().Model().Commands {
+		if command.Name != "run" && command.Name != "push" {
+			continue
+		}
+		for _, flag := range command.Flags {
+			if !flag.Hidden && !strings.Contains(string(text), "`--"+flag.Name) {
+				t.Errorf("README.md lacks --%s of %s", flag.Name, command.Name)
+			}
+		}
+	}
 	_, example, _ := strings.Cut(section, "```yaml\n")
 	example, _, _ = strings.Cut(example, "```")
 	c, err := parseFile([]byte(example), t.TempDir())

@@ -38,7 +38,7 @@ func liveHeap() int64 {
 // while. The index is what grows with the number of series. The files have families of
 // their own, and one that all of them have.
 func TestMemory(t *testing.T) {
-	if testing.Short() {
+	if testing.Short() || raceEnabled {
 		t.Skip("100 MB of files")
 	}
 	d := newDirectory(t)
