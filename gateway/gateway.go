@@ -88,6 +88,9 @@ func statusOf(err error) int {
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok || errors.Is(err, ErrBodyTooLarge) || errors.Is(err, ErrTooManySeries) {
 		return http.StatusRequestEntityTooLarge
 	}
+	if _, ok := errors.AsType[forbidden](err); ok {
+		return http.StatusForbidden
+	}
 	if errors.Is(err, ErrPushedSince) {
 		return http.StatusPreconditionFailed
 	}
@@ -140,6 +143,9 @@ func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string)
 		if err != nil {
 			return badRequest{err}
 		}
+		if err := allowed(r.Context(), key); err != nil {
+			return err
+		}
 		e, err := g.editOf(r, id)
 		if err != nil {
 			return badRequest{err}
@@ -190,6 +196,9 @@ func (g *Gateway) ServeDelete(w http.ResponseWriter, r *http.Request, rest strin
 		key, err := ParsePath(rest)
 		if err != nil {
 			return badRequest{err}
+		}
+		if err := allowed(r.Context(), key); err != nil {
+			return err
 		}
 		return g.do(w, r, &change{id: id, edits: []edit{{key: key, delete: true}}})
 	})
@@ -257,6 +266,9 @@ func (g *Gateway) ServeBatch(w http.ResponseWriter, r *http.Request) {
 		}
 		c := &change{id: id}
 		for _, p := range parts {
+			if err := allowed(r.Context(), p.key); err != nil {
+				return err
+			}
 			e := template
 			e.key = p.key
 			e.pushed, e.reasons = prepare(p.key, p.families, unixNano(e.at))
