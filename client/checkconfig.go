@@ -57,6 +57,9 @@ func checkConfig(out io.Writer, flags *flags) error {
 		}
 		line("allow", "%s", ports)
 	}
+	if c.TokenFile != "" {
+		line("token", "from %s", c.TokenFile)
+	}
 	local := c.LocalHost
 	if local == "" {
 		local = "localhost"

@@ -36,6 +36,7 @@ type flags struct {
 	targets, hosts, allow      []string
 	localHost                  string
 	tls                        config.TLSConfig
+	tokenFile                  string
 	initialWait, maxWait       time.Duration
 	initialWaitSet, maxWaitSet bool
 	metricsAddress             string
@@ -121,6 +122,8 @@ func (f *flags) app() *kingpin.Application {
 		StringVar(&f.tls.CertFile)
 	app.Flag("tls.key", "Key of --tls.cert.").
 		StringVar(&f.tls.KeyFile)
+	app.Flag("token-file", "File with the bearer token for the proxies, read for each handshake.").
+		StringVar(&f.tokenFile)
 	app.Flag("proxy.retry.initial-wait", "Upper bound of the first wait before the agent dials again; the wait is a random part of it.").
 		Default("1s").IsSetByUser(&f.initialWaitSet).DurationVar(&f.initialWait)
 	app.Flag("proxy.retry.max-wait", "Upper bound that the waits grow to, by half each time.").
@@ -167,6 +170,7 @@ type file struct {
 	Allow            []fileScalar      `yaml:"allow"`
 	LocalHost        string            `yaml:"local_host"`
 	TLS              config.TLSConfig  `yaml:"tls_config"`
+	TokenFile        string            `yaml:"token_file"`
 	RetryInitialWait model.Duration    `yaml:"retry_initial_wait"`
 	RetryMaxWait     model.Duration    `yaml:"retry_max_wait"`
 	MetricsAddress   *string           `yaml:"metrics_address"`
@@ -289,6 +293,7 @@ func (f *flags) load() (*settings, error) {
 		ProxyURLs:        append(append([]string{}, f.proxyURLs...), c.ProxyURLs...),
 		Labels:           c.Labels,
 		LocalHost:        cmp.Or(f.localHost, c.LocalHost),
+		TokenFile:        cmp.Or(f.tokenFile, c.TokenFile),
 		RetryInitialWait: f.initialWait,
 		RetryMaxWait:     f.maxWait,
 		Logger:           promslog.New(&log),
@@ -379,6 +384,7 @@ func parseFile(text []byte, dir string) (file, error) {
 		return c, err
 	}
 	c.TLS.SetDirectory(dir)
+	c.TokenFile = config.JoinDir(dir, c.TokenFile)
 	for i := range c.Targets {
 		c.Targets[i].HTTP.SetDirectory(dir)
 	}

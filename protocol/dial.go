@@ -28,6 +28,9 @@ type Dialer struct {
 	Agent, Instance string
 	// Header is sent with the upgrade as well.
 	Header http.Header
+	// Token, where it is not nil, is asked before each handshake for a bearer token, which
+	// is sent as authorization.
+	Token func() (string, error)
 	// TLS is for https. Nil means the defaults of crypto/tls.
 	TLS *tls.Config
 	// Timeout bounds the whole handshake, 30 s by default.
@@ -35,7 +38,8 @@ type Dialer struct {
 	// Session tunes the sessions.
 	Session SessionConfig
 
-	webSocket bool // the raw upgrade failed where WebSocket worked
+	bearer    string // what Token returned
+	webSocket bool   // the raw upgrade failed where WebSocket worked
 }
 
 // HandshakeError tells why a handshake failed, for each transport that was tried.
@@ -65,7 +69,7 @@ func (e *HandshakeError) Unwrap() error { return e.Err }
 // Dial does the handshake. It tries the raw upgrade first, and WebSocket where
 // the answer shows that something between refused the upgrade, which is
 // remembered for the next time, or where the connection broke off instead of an
-// answer. It returns a *HandshakeError, or ctx's cause.
+// answer. It returns a *HandshakeError, ctx's cause, or the error of Token.
 // The environment's HTTPS_PROXY, HTTP_PROXY and NO_PROXY are honoured.
 func (d *Dialer) Dial(ctx context.Context) (*Session, error) {
 	timeout := d.Timeout
@@ -74,6 +78,12 @@ func (d *Dialer) Dial(ctx context.Context) (*Session, error) {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer within %s", timeout))
 	defer cancel()
+	if d.Token != nil {
+		var err error
+		if d.bearer, err = d.Token(); err != nil {
+			return nil, fmt.Errorf("token: %w", err)
+		}
+	}
 	var before *HandshakeError
 	remember := true
 	if !d.webSocket {
@@ -190,6 +200,9 @@ func (d *Dialer) header() http.Header {
 		password, _ := user.Password()
 		r := http.Request{Header: h}
 		r.SetBasicAuth(user.Username(), password)
+	}
+	if d.bearer != "" {
+		h.Set("Authorization", "Bearer "+d.bearer)
 	}
 	h.Set(HeaderAgent, d.Agent)
 	h.Set(HeaderInstance, d.Instance)

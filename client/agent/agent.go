@@ -51,6 +51,9 @@ type Config struct {
 	// TLS is used towards https proxies, and for https scrapes that the agent
 	// makes itself. Nil means the defaults of crypto/tls.
 	TLS *tls.Config
+	// TokenFile holds the bearer token for the proxies, in one line. It is read for each
+	// handshake. None by default.
+	TokenFile string
 	// RetryInitialWait and RetryMaxWait bound the waits between tries to reach a
 	// proxy: 1 s and 5 s by default. Each wait is a random part of the bound,
 	// which grows by half with each failure.
@@ -278,6 +281,9 @@ func (a *Agent) dialer(proxy *ProxyURL) *protocol.Dialer {
 func (a *Agent) update(d *protocol.Dialer) {
 	s := a.current.Load()
 	d.Agent, d.TLS, d.Session = s.name, s.TLS, s.Session
+	if d.Token = nil; s.TokenFile != "" {
+		d.Token = func() (string, error) { return readToken(s.TokenFile) }
+	}
 }
 
 // Scrape answers a scrape as if it had come through a proxy: target is the
@@ -410,6 +416,9 @@ func (a *Agent) newSnapshot(cfg Config) (*snapshot, error) {
 			return nil, err
 		}
 		s.proxies = append(s.proxies, u)
+	}
+	if err := s.checkToken(); err != nil {
+		return nil, err
 	}
 	if err := s.addRoutes(); err != nil {
 		return nil, err
