@@ -73,8 +73,8 @@ type Code string
 const (
 	CodeNoUpgrade    Code = "no-upgrade"    // 400: the Upgrade header got lost on the way
 	CodeInvalid      Code = "invalid"       // 400: a field of the request is malformed
-	CodeUnauthorized Code = "unauthorized"  // 401: no or wrong credentials
-	CodeForbidden    Code = "forbidden"     // 403: not for this name, host or label
+	CodeUnauthorized Code = "unauthorized"  // 401, 407 for a scrape: no or wrong credentials
+	CodeForbidden    Code = "forbidden"     // 403: not for this name, host or label, or not to be scraped by who asks
 	CodeTaken        Code = "taken"         // 409: a live agent with another instance has the name
 	CodeCollision    Code = "collision"     // 409: a name is another agent's, its target's or its host's
 	CodeVersion      Code = "version"       // 426: the Upgrade header names another version
@@ -189,7 +189,7 @@ func oneLine(s string) string {
 var scrapeCodes = map[Code]bool{
 	CodeUnknownAgent: true, CodeAgentOffline: true, CodeNotAllowed: true, CodeTargetUnreachable: true, CodeTimeout: true,
 	CodeAgentBusy: true, CodeMisdirected: true, CodeBadResponse: true, CodeSessionLost: true, CodeBadRequest: true, CodeMismatch: true,
-	CodeMethod: true,
+	CodeMethod: true, CodeUnauthorized: true, CodeForbidden: true,
 }
 
 // Outcome returns the code as the value of a metric's label: "other" for one that

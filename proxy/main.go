@@ -24,6 +24,7 @@ import (
 	"github.com/prometheus/common/version"
 
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/proxy/access"
 	"github.com/culvert-io/culvert/proxy/server"
 )
 
@@ -83,6 +84,7 @@ func run(ctx context.Context, config server.Config) error {
 type flags struct {
 	server.Config
 	externalURL         string
+	trustedProxies      []string
 	routePrefix         string
 	routePrefixSet      bool
 	maxBodySize         units.Base2Bytes
@@ -115,6 +117,8 @@ func (c *flags) app() *kingpin.Application {
 		BoolVar(&c.EnableLifecycle)
 	app.Flag("web.enable-admin-api", "Let PUT of /api/v1/admin/wipe delete all pushed groups.").
 		BoolVar(&c.EnableAdminAPI)
+	app.Flag("web.trusted-proxies", "Address or network of a reverse proxy whose X-Forwarded-For tells where wrong credentials come from. Repeatable.").
+		StringsVar(&c.trustedProxies)
 	app.Flag("agent.listen-address", "Address for agents alone; they can't connect to --web.listen-address then. Repeatable.").
 		StringsVar(&c.AgentListenAddresses)
 	app.Flag("agent.web.config.file", "Web configuration of --agent.listen-address.").
@@ -209,6 +213,13 @@ func parseFlags(args []string) (*flags, string, error) {
 		if !c.routePrefixSet {
 			c.routePrefix = u.Path
 		}
+	}
+	for _, raw := range c.trustedProxies {
+		trusted, err := access.ParseTrusted(raw)
+		if err != nil {
+			return fail("--web.trusted-proxies=%q: write an address or a network, as in 10.0.0.0/8", raw)
+		}
+		c.TrustedProxies = append(c.TrustedProxies, trusted)
 	}
 	if c.RoutePrefix, err = cleanPrefix(c.routePrefix); err != nil {
 		return fail("--web.route-prefix=%q: %w", c.routePrefix, err)

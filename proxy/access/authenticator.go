@@ -92,9 +92,9 @@ const checkTimeout = 5 * time.Second
 func (a *Authenticator) Identify(r *http.Request, field, claimed string) (*Identity, error) {
 	roles := a.roles.Load()
 	if roles.Open() {
-		return anybody, nil
+		return Anybody, nil
 	}
-	id := new(Identity)
+	id := &Identity{roles: roles}
 	if r.TLS != nil && len(r.TLS.VerifiedChains) > 0 { // others are what they say themselves
 		id.names = certNames(r.TLS.VerifiedChains[0][0])
 		id.entries = roles.byNames(id.names)

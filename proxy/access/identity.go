@@ -15,14 +15,15 @@ import (
 // that expires ends at once.
 type Identity struct {
 	open    bool
+	roles   *Roles // that know the entries
 	entries []*entry
 	// What was shown, for Renew.
 	proofs []proof
 	names  []string // of the certificate
 }
 
-// anybody is who comes while everything is open.
-var anybody = &Identity{open: true}
+// Anybody is who comes while everything is open.
+var Anybody = &Identity{open: true}
 
 // any reports whether an entry that has not expired takes it.
 func (id *Identity) any(take func(*entry) bool) bool {
@@ -47,6 +48,11 @@ func (id *Identity) Scraper() bool {
 // agent in discovery.
 func (id *Identity) MayScrape(agent string) bool {
 	return id.any(func(e *entry) bool { return e.role == roleScraper && (e.anyAgent || e.agents.cover(agent)) })
+}
+
+// MayScrapeAll reports whether it may scrape every agent.
+func (id *Identity) MayScrapeAll() bool {
+	return id.any(func(e *entry) bool { return e.role == roleScraper && e.anyAgent })
 }
 
 // Pusher reports whether it may push for some job.
@@ -101,16 +107,27 @@ func (id *Identity) String() string {
 	return strings.Join(names, ", ")
 }
 
-// Renew returns the identity that the same credentials have in other roles.
+// Expired reports whether one of its entries has expired.
+func (id *Identity) Expired() bool {
+	now := time.Now()
+	return slices.ContainsFunc(id.entries, func(e *entry) bool { return e.expired(now) })
+}
+
+// Renew returns the identity that the same credentials have in these roles: id itself
+// where it is of these.
 func (r *Roles) Renew(id *Identity) *Identity {
 	if r.Open() {
-		return anybody
+		return Anybody
 	}
-	renewed := &Identity{proofs: id.proofs, names: id.names, entries: r.byNames(id.names)}
-	for _, e := range r.entries {
-		shown := e.token != nil && slices.Contains(id.proofs, *e.token) || e.user != nil && slices.Contains(id.proofs, e.user.proof)
-		if shown && !slices.Contains(renewed.entries, e) {
-			renewed.entries = append(renewed.entries, e)
+	if id.roles == r {
+		return id
+	}
+	renewed := &Identity{roles: r, proofs: id.proofs, names: id.names, entries: r.byNames(id.names)}
+	for _, p := range id.proofs {
+		for _, e := range r.proofs[p] {
+			if !slices.Contains(renewed.entries, e) {
+				renewed.entries = append(renewed.entries, e)
+			}
 		}
 	}
 	return renewed
@@ -142,8 +159,8 @@ func (r *Roles) CheckRegistration(id *Identity, agent string, reg *protocol.Regi
 		if id.MayBe(full) {
 			continue
 		}
-		for _, e := range r.entries {
-			if e.role == roleAgent && e.agents.cover(full) && !e.agents.cover(agent) {
+		for _, e := range slices.Concat(r.exact[full], r.wild) {
+			if e.agents.cover(full) && !e.agents.cover(agent) {
 				return forbidden("the target %q would have the name %q, which belongs to an agent of %s; choose another name for it", t.Name, full, e)
 			}
 		}
@@ -153,6 +170,9 @@ func (r *Roles) CheckRegistration(id *Identity, agent string, reg *protocol.Regi
 
 // byNames returns the entries that a certificate of these names stands for.
 func (r *Roles) byNames(names []string) []*entry {
+	if len(names) == 0 {
+		return nil
+	}
 	var entries []*entry
 	for _, e := range r.entries {
 		if slices.ContainsFunc(names, e.certs.cover) {

@@ -152,13 +152,16 @@ type Roles struct {
 	entries []*entry
 	users   map[string][]*entry
 	tokens  map[proof][]*entry // by the keyed hash of the token's SHA-256
+	proofs  map[proof][]*entry
+	exact   map[string][]*entry // of agents, by the patterns that are names
+	wild    []*entry            // of agents, those that have other patterns
 	checked *cache
 }
 
 // Compile checks a configuration and reads its files; relative names count from dir.
 // An error names the entry and the field. Nil configuration: everything is open.
 func (c *Config) Compile(dir string) (*Roles, error) {
-	r := &Roles{users: map[string][]*entry{}, tokens: map[proof][]*entry{}, checked: newCache()}
+	r := &Roles{users: map[string][]*entry{}, tokens: map[proof][]*entry{}, proofs: map[proof][]*entry{}, exact: map[string][]*entry{}, checked: newCache()}
 	if c == nil {
 		return r, nil
 	}
@@ -186,6 +189,15 @@ func (c *Config) Compile(dir string) (*Roles, error) {
 		}
 		if err != nil {
 			return nil, err
+		}
+		isWild := false
+		for _, p := range e.agents {
+			if p.re == nil && p.tail == "" {
+				r.exact[p.text] = append(r.exact[p.text], e)
+			} else if !isWild {
+				isWild = true
+				r.wild = append(r.wild, e)
+			}
 		}
 		if e.ownName = len(a.Agents) == 0; e.ownName && (e.user != nil || e.token != nil) {
 			return nil, fmt.Errorf("%s: agents is missing: say which names an agent with this credential may have, as in agents: ['*.example.net']", e)
@@ -257,6 +269,7 @@ func (r *Roles) add(in role, index int, c Credential, dir string) (*entry, error
 			e.user.password, e.user.proof = &sum, fingerprint("password", b.Username, password)
 		}
 		r.users[b.Username] = append(r.users[b.Username], e)
+		r.proofs[e.user.proof] = append(r.proofs[e.user.proof], e)
 	}
 	switch {
 	case c.TokenHash != "" && c.TokenFile != "":
@@ -278,6 +291,7 @@ func (r *Roles) add(in role, index int, c Credential, dir string) (*entry, error
 	if e.token != nil {
 		key := r.checked.keyed("token", string(e.token[:]), "")
 		r.tokens[key] = append(r.tokens[key], e)
+		r.proofs[*e.token] = append(r.proofs[*e.token], e)
 	}
 	var err error
 	if e.certs, err = compilePatterns(e, "client_cert", c.ClientCert); err != nil {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/proxy/access"
 	"github.com/culvert-io/culvert/proxy/fleet"
 )
 
@@ -18,6 +19,8 @@ type tunnel struct {
 	conn    *fleet.Conn
 	stream  *protocol.Stream
 	scraper net.Conn
+
+	identity *access.Identity // of the scraper
 }
 
 // connect serves CONNECT NAME:PORT.
@@ -45,6 +48,9 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 	route, known := s.fleet.Resolve(name)
 	if !known {
 		return refuse(unknownAgent(name))
+	}
+	if refusal := s.limitRoute(r, &route); refusal != nil {
+		return refuse(refusal)
 	}
 	timeout := s.timeout(r.Header)
 	ctx, cancel := context.WithTimeout(r.Context(), timeout)
@@ -79,7 +85,7 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 		scraper.Close()
 		return outcomeCancelled, nil
 	}
-	t := &tunnel{conn: conn, stream: stream, scraper: scraper}
+	t := &tunnel{conn: conn, stream: stream, scraper: scraper, identity: s.identity(r)}
 	s.mu.Lock()
 	s.tunnels[t] = struct{}{}
 	s.mu.Unlock()

@@ -132,10 +132,10 @@ func (s *Server) serveDiscovery(w http.ResponseWriter, r *http.Request, kept *ke
 	}
 	zip := gateway.AcceptsGzip(r.Header)
 	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Vary", "Accept-Encoding")
+	w.Header().Set("Vary", "Accept-Encoding, Authorization")
 	var body []byte
-	if len(wanted) > 0 {
-		body = s.encodeSelected(list, wanted)
+	if len(wanted) > 0 || !s.identity(r).MayScrapeAll() {
+		body = s.encodeSelected(s.visibleAgents(r), list, wanted)
 		if zip {
 			body = zipped(body)
 		}

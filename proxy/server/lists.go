@@ -86,10 +86,10 @@ func (k *keptList) current(s *Server, list listing) *encodedList {
 	return next
 }
 
-// encodeSelected returns the list of the entries that the selectors want.
-func (s *Server) encodeSelected(list listing, wanted selectors) []byte {
+// encodeSelected returns the list of the entries of some agents that the selectors want.
+func (s *Server) encodeSelected(infos []fleet.Info, list listing, wanted selectors) []byte {
 	enc := newListEncoder(list, s.settings.Load(), 0)
-	for _, info := range s.fleet.Agents() {
+	for _, info := range infos {
 		enc.agent(info, wanted)
 	}
 	return enc.end()

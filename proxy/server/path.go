@@ -20,6 +20,10 @@ func (s *Server) cutScrapePath(r *http.Request) (string, bool) {
 // scrapePath serves GET /scrape/AGENT/TARGET_OR_PORT/PATH: the same as the
 // absolute form, for scrapers that can't set a proxy.
 func (s *Server) scrapePath(w http.ResponseWriter, r *http.Request, rest string) {
+	r, ok := s.permit(w, r, routeAccess[routePath])
+	if !ok {
+		return
+	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		w.Header().Set("Allow", "GET, HEAD")
 		s.refuse(w, r, protocol.Refusef(http.StatusMethodNotAllowed, protocol.CodeMethod, "%s takes GET and HEAD", scrapePrefix))

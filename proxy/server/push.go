@@ -191,7 +191,9 @@ func (s *Server) servePlainPush(w http.ResponseWriter, r *http.Request) bool {
 	if job := strings.TrimPrefix(rest, "@base64"); len(job) < 2 || job[0] != '/' {
 		return false
 	}
-	s.push.with(func(g *gateway.Gateway, w http.ResponseWriter, r *http.Request) { g.ServePush(w, r, rest) })(w, r)
+	if r, ok = s.permit(w, r, pushers); ok {
+		s.push.with(func(g *gateway.Gateway, w http.ResponseWriter, r *http.Request) { g.ServePush(w, r, rest) })(w, r)
+	}
 	return true
 }
 

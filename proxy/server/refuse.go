@@ -16,6 +16,7 @@ import (
 // connection before the answer is read.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refusal *protocol.Refusal) {
 	s.logger.Debug("Refused", "method", r.Method, "target", r.RequestURI, "from", r.RemoteAddr, "status", refusal.Status, "reason", refusal.Reason())
+	challenge(w.Header(), refusal.Status)
 	if r.ContentLength != 0 && r.Method != http.MethodConnect {
 		refusal.Write(w)
 		return

@@ -54,14 +54,14 @@ func (s *Server) relay(w http.ResponseWriter, r *http.Request, conn *agentConn) 
 			default:
 				g.ServePush(w, r, rest)
 			}
-		})(answer, r)
+		})(answer, s.relayed(r, conn))
 	}
 	s.metrics.relayed.WithLabelValues(answer.outcome()).Inc()
 	return true
 }
 
 // admitRelay takes one of the session's places for relays, or tells why not. An agent
-// that is registered may relay pushes of every job.
+// that is registered may relay pushes; of which jobs, relayed tells.
 func (s *Server) admitRelay(r *http.Request, conn *agentConn, isGroup bool) *protocol.Refusal {
 	switch {
 	case r.Method == http.MethodPut, r.Method == http.MethodPost, r.Method == http.MethodDelete && isGroup:
@@ -104,7 +104,7 @@ func (a *relayAnswer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
 func (a *relayAnswer) outcome() string {
 	switch {
-	case a.status >= 500, a.status == http.StatusTooManyRequests, a.status == http.StatusRequestTimeout:
+	case a.status >= 500, a.status == http.StatusTooManyRequests, a.status == http.StatusRequestTimeout, a.status == http.StatusForbidden:
 		return relayUnavailable
 	case a.status >= 300:
 		return relayRefused

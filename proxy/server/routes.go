@@ -23,7 +23,7 @@ func (s *Server) routes() (err error) {
 			err = fmt.Errorf("the telemetry path %q is in the way of another route: %v", s.config.TelemetryPath, p)
 		}
 	}()
-	r := route.New()
+	r := s.guard(route.New())
 	if s.config.RoutePrefix != "" {
 		r = r.WithPrefix(s.config.RoutePrefix)
 	}
@@ -69,11 +69,11 @@ func (s *Server) routes() (err error) {
 	r.Del("/api/v1/agents/:name", s.forgetAgent)
 	s.mux = http.NewServeMux()
 	s.mux.Handle("/", r) // it redirects from paths with "//", "." and ".."
-	return nil
+	return r.err()
 }
 
-func (s *Server) servePage(w http.ResponseWriter, _ *http.Request) {
-	content := ui.Content{Agents: s.fleet.Agents(), PushError: s.push.Err(), MetricsPath: strings.TrimPrefix(s.config.TelemetryPath, "/")}
+func (s *Server) servePage(w http.ResponseWriter, r *http.Request) {
+	content := ui.Content{Agents: s.visibleAgents(r), Open: s.access.Roles().Open(), PushError: s.push.Err(), MetricsPath: strings.TrimPrefix(s.config.TelemetryPath, "/")}
 	if store := s.push.current(); store != nil {
 		content.Groups = store.Groups()
 	}
@@ -133,14 +133,14 @@ func (s *Server) writeJSON(w http.ResponseWriter, data any) {
 	}
 }
 
-func (s *Server) serveAgents(w http.ResponseWriter, _ *http.Request) {
-	s.writeJSON(w, s.fleet.Agents())
+func (s *Server) serveAgents(w http.ResponseWriter, r *http.Request) {
+	s.writeJSON(w, s.visibleAgents(r))
 }
 
 func (s *Server) serveOneAgent(w http.ResponseWriter, r *http.Request) {
 	name := protocol.NormalizeName(route.Param(r.Context(), "name"))
 	info, ok := s.fleet.Agent(name)
-	if !ok {
+	if !ok || !s.identity(r).MayScrape(name) {
 		http.Error(w, fmt.Sprintf("no agent %q is known; see /api/v1/agents", name), http.StatusNotFound)
 		return
 	}

@@ -82,6 +82,11 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 		finished = true
 		return
 	}
+	if refusal := s.limitRoute(r, &sc.route); refusal != nil {
+		sc.refuse(w, r, refusal)
+		finished = true
+		return
+	}
 	sc.timeout = s.timeout(r.Header)
 	ctx, cancel := context.WithTimeout(r.Context(), sc.timeout)
 	defer cancel()

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"path/filepath"
 	"strings"
@@ -23,6 +24,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/proxy/access"
 	"github.com/culvert-io/culvert/proxy/fleet"
 )
 
@@ -49,6 +51,9 @@ type Config struct {
 	// EnableAdminAPI opens PUT /api/v1/admin/wipe, EnableLifecycle PUT and POST of
 	// /-/quit.
 	EnableAdminAPI, EnableLifecycle bool
+	// TrustedProxies are the networks of reverse proxies whose X-Forwarded-For tells
+	// where wrong credentials come from.
+	TrustedProxies []netip.Prefix
 	// Flags are shown by /api/v1/status.
 	Flags map[string]string
 	// StoragePath is the directory for state; "" keeps it in memory only.
@@ -95,6 +100,9 @@ type Server struct {
 	fleet    *fleet.Fleet
 	metrics  *metrics
 	settings atomic.Pointer[Settings]
+	access   *access.Authenticator
+	guarded  []string      // the routes of the router: see routeAccess
+	recheck  chan struct{} // has one after a reload: see watchAccess
 
 	main, agents []*listener
 	mux          *http.ServeMux
@@ -137,7 +145,7 @@ func New(config Config) (*Server, error) {
 	}
 	id := make([]byte, 16)
 	rand.Read(id)
-	s := &Server{config: config, id: hex.EncodeToString(id), logger: config.Logger, tunnels: map[*tunnel]struct{}{}, conns: map[*agentConn]struct{}{}, agentStreams: newStreamListener(), started: time.Now(), quit: make(chan struct{})}
+	s := &Server{config: config, id: hex.EncodeToString(id), logger: config.Logger, tunnels: map[*tunnel]struct{}{}, conns: map[*agentConn]struct{}{}, agentStreams: newStreamListener(), recheck: make(chan struct{}, 1), started: time.Now(), quit: make(chan struct{})}
 	if err := s.loadSettings(); err != nil {
 		return nil, err
 	}
@@ -241,6 +249,7 @@ func (s *Server) Run(ctx context.Context) error {
 			return nil
 		})
 	}
+	stores.Go(func() { s.watchAccess(storesCtx) })
 	group.Go(func() error {
 		select {
 		case <-groupCtx.Done():
@@ -388,6 +397,11 @@ func spreadReconnects(n int) time.Duration {
 // serveMain is the front door: the first byte of the request target tells
 // scrapes from the proxy's own routes, before any mux sees the request.
 func (s *Server) serveMain(w http.ResponseWriter, r *http.Request) {
+	if proxied := r.Method == http.MethodConnect || !protocol.IsControl(r); proxied {
+		if r = s.authenticate(w, r, true); r == nil {
+			return
+		}
+	}
 	switch {
 	case r.Method == http.MethodConnect:
 		s.connect(w, r)
@@ -421,6 +435,9 @@ func (s *Server) serveOwn(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		s.serveTunnel(w, r)
+		return
+	}
+	if r = s.authenticate(w, r, false); r == nil {
 		return
 	}
 	if refusal := s.misdirected(r); refusal != nil {

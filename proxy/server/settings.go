@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"go.yaml.in/yaml/v2"
 
 	"github.com/culvert-io/culvert/gateway"
+	"github.com/culvert-io/culvert/proxy/access"
 )
 
 // Settings is the content of --config.file: what can be reloaded.
@@ -28,6 +30,10 @@ type Settings struct {
 		// name none. The first that matches counts.
 		Rules []PushRule `yaml:"rules"`
 	} `yaml:"push"`
+	// Roles tell who may do what. Without them everything is open.
+	Roles *access.Config `yaml:"roles"`
+
+	roles *access.Roles // of Roles
 }
 
 // PushRule is a rule for the groups of some jobs.
@@ -87,7 +93,12 @@ func (s *Server) loadSettings() error {
 			return fmt.Errorf("configuration %s: %w", s.config.ConfigFile, err)
 		}
 	}
+	var err error
+	if settings.roles, err = settings.Roles.Compile(filepath.Dir(s.config.ConfigFile)); err != nil {
+		return fmt.Errorf("configuration %s: %w", s.config.ConfigFile, err)
+	}
 	s.settings.Store(settings)
+	s.setRoles(settings)
 	return nil
 }
 
@@ -98,6 +109,13 @@ func ParseSettings(text []byte) (*Settings, error) {
 	decoder.SetStrict(true)
 	if err := decoder.Decode(settings); err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
+	}
+	// An empty section would be none, and open everything.
+	var sections map[string]any
+	if yaml.Unmarshal(text, &sections) == nil {
+		if value, ok := sections["roles"]; ok && value == nil {
+			return nil, errors.New("roles has no content: write roles: {} to let nobody in, or leave the section away to leave everything open")
+		}
 	}
 	for _, name := range settings.Discovery.PromoteLabels {
 		if !model.LegacyValidation.IsValidLabelName(name) || strings.HasPrefix(name, "__") || name == "job" || name == "instance" {

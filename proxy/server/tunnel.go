@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/proxy/access"
 	"github.com/culvert-io/culvert/proxy/fleet"
 )
 
@@ -31,6 +32,10 @@ func (s *Server) serveTunnel(w http.ResponseWriter, r *http.Request) {
 	transport, refusal := protocol.CheckUpgrade(r)
 	if refusal == nil {
 		refusal = s.admit(r)
+	}
+	var identity *access.Identity
+	if refusal == nil {
+		identity, refusal = s.admitAgent(r)
 	}
 	if refusal != nil {
 		s.metrics.handshakes.WithLabelValues(string(refusal.Code)).Inc()
@@ -54,6 +59,7 @@ func (s *Server) serveTunnel(w http.ResponseWriter, r *http.Request) {
 	}
 	s.metrics.handshakes.WithLabelValues(outcomeOK).Inc()
 	conn := &agentConn{Conn: fleet.NewConn(session), turn: make(chan struct{}, 1), relays: make(chan struct{}, maxRelays)}
+	conn.identity.Store(identity)
 	s.mu.Lock()
 	if s.conns == nil || !s.sessions.begin() {
 		s.mu.Unlock()
@@ -101,6 +107,8 @@ type agentConn struct {
 	registered atomic.Bool   // changed by who has the turn
 	turn       chan struct{} // of one registration at a time
 	relays     chan struct{} // a token for each relay that runs
+	identity   atomic.Pointer[access.Identity]
+	unchecked  atomic.Bool // a reload may have come in the middle of the registration
 }
 
 type connKey struct{}
@@ -215,6 +223,9 @@ func clip(s string, n int) string {
 func (s *Server) register(w http.ResponseWriter, r *http.Request, conn *agentConn) {
 	http.NewResponseController(w).SetReadDeadline(time.Now().Add(registerTimeout))
 	reg, err := decodeRegistration(w, r)
+	if err == nil {
+		err = s.mayRegister(conn, &reg)
+	}
 	select {
 	case conn.turn <- struct{}{}:
 	case <-r.Context().Done():
@@ -240,6 +251,7 @@ func (s *Server) register(w http.ResponseWriter, r *http.Request, conn *agentCon
 		return
 	}
 	if !check {
+		conn.unchecked.Store(true)
 		s.metrics.registrations.WithLabelValues(outcomeOK).Inc()
 	}
 	if !check && !conn.registered.Load() {

@@ -85,7 +85,7 @@ func loadWebConfig(path string) (*web.Config, error) {
 		return nil, fmt.Errorf("web configuration %s: %w", path, err)
 	}
 	if len(config.Users) > 0 {
-		return nil, fmt.Errorf("web configuration %s: basic_auth_users is not supported: it would claim the Authorization header that belongs to the targets", path)
+		return nil, fmt.Errorf("web configuration %s: basic_auth_users is not supported: it would claim the Authorization header that belongs to the targets; name who may do what under roles in --config.file", path)
 	}
 	if err := web.Validate(path); err != nil {
 		return nil, fmt.Errorf("web configuration %s: %w", path, err)

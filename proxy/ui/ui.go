@@ -23,6 +23,8 @@ var page = template.Must(template.New("page").Funcs(template.FuncMap{
 
 // Content is what the page shows.
 type Content struct {
+	// Open says that there are no roles.
+	Open   bool
 	Agents []fleet.Info
 	Groups []gateway.GroupInfo
 	// PushError is why pushes can't be taken now.
