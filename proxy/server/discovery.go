@@ -132,7 +132,7 @@ func (s *Server) serveDiscovery(w http.ResponseWriter, r *http.Request, kept *ke
 	}
 	zip := gateway.AcceptsGzip(r.Header)
 	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Vary", "Accept-Encoding, Authorization")
+	w.Header().Set("Vary", "Accept-Encoding")
 	var body []byte
 	if len(wanted) > 0 || !s.identity(r).MayScrapeAll() {
 		body = s.encodeSelected(s.visibleAgents(r), list, wanted)
