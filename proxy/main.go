@@ -44,6 +44,13 @@ func main() {
 		}
 		return
 	}
+	if strings.HasPrefix(command, "token ") {
+		if err := flags.token.run(command, flags.ConfigFile, os.Stdout, os.Stderr); err != nil {
+			fmt.Fprintf(os.Stderr, "culvert-proxy: %v\n", err)
+			os.Exit(1)
+		}
+		return
+	}
 	for _, line := range flags.unneeded {
 		flags.Logger.Info(line)
 	}
@@ -91,6 +98,7 @@ type flags struct {
 	persistenceFile     string
 	unneeded            []string // flags of the Pushgateway that were given and do nothing here
 	importing           importFlags
+	token               tokenFlags
 	registrationTimeout time.Duration
 	forgetAfterSet      bool
 	log                 promslog.Config
@@ -165,6 +173,7 @@ func (c *flags) app() *kingpin.Application {
 	promslogflag.AddFlags(app, &c.log)
 	app.Command("serve", "Run the proxy (what culvert-proxy does without a command).").Default()
 	c.importing.command(app)
+	c.token.command(app)
 	return app
 }
 

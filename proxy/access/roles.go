@@ -23,7 +23,10 @@ type Config struct {
 	// Scrapers may scrape, list what can be scraped, and read /metrics.
 	Scrapers []Scraper `yaml:"scrapers"`
 	// Agents may connect as agents.
-	Agents []Agent `yaml:"agents"`
+	Agents []Agent `yaml:"agents,omitempty"`
+	// AgentTokens is a file with a list of more Agents, which culvert-proxy token writes.
+	// One that is not there yet has none.
+	AgentTokens string `yaml:"agent_tokens"`
 	// Pushers may push and delete groups of their jobs, by exact path.
 	Pushers []Pusher `yaml:"pushers"`
 	// Operators may do everything.
@@ -33,31 +36,31 @@ type Config struct {
 // Credential tells by what an entry is known. Of several, each is enough.
 type Credential struct {
 	// Name is for logs and errors: each name once in a role.
-	Name string `yaml:"name"`
+	Name string `yaml:"name,omitempty"`
 	// BasicAuth is a user name and a password.
-	BasicAuth *BasicAuth `yaml:"basic_auth"`
+	BasicAuth *BasicAuth `yaml:"basic_auth,omitempty"`
 	// TokenHash is the SHA-256 of a random bearer token in hexadecimal.
-	TokenHash string `yaml:"token_hash"`
+	TokenHash string `yaml:"token_hash,omitempty"`
 	// TokenFile holds a bearer token of at least 16 characters in plain text.
-	TokenFile string `yaml:"token_file"`
+	TokenFile string `yaml:"token_file,omitempty"`
 	// ClientCert are patterns of names: the common name or a DNS name of a client
 	// certificate that the listener has verified.
-	ClientCert []string `yaml:"client_cert"`
+	ClientCert []string `yaml:"client_cert,omitempty"`
 	// Expires is when the entry ends: 2027-01-31 (its start, UTC) or RFC 3339.
-	Expires string `yaml:"expires"`
+	Expires string `yaml:"expires,omitempty"`
 }
 
 // BasicAuth is a user name, and the bcrypt hash of a password or a file with it.
 type BasicAuth struct {
-	Username     string `yaml:"username"`
-	PasswordHash string `yaml:"password_hash"`
-	PasswordFile string `yaml:"password_file"`
+	Username     string `yaml:"username,omitempty"`
+	PasswordHash string `yaml:"password_hash,omitempty"`
+	PasswordFile string `yaml:"password_file,omitempty"`
 }
 
 // Scraper may scrape the agents whose names a pattern covers: all without patterns.
 type Scraper struct {
 	Credential `yaml:",inline"`
-	Agents     []string `yaml:"agents"`
+	Agents     []string `yaml:"agents,omitempty"`
 }
 
 // Agent may be an agent of a name that a pattern of Agents covers, answer for the
@@ -65,9 +68,9 @@ type Scraper struct {
 // entry with ClientCert alone may be what stands in the certificate itself.
 type Agent struct {
 	Credential `yaml:",inline"`
-	Agents     []string `yaml:"agents"`
-	Hosts      []string `yaml:"hosts"`
-	PushJobs   []string `yaml:"push_jobs"`
+	Agents     []string `yaml:"agents,omitempty"`
+	Hosts      []string `yaml:"hosts,omitempty"`
+	PushJobs   []string `yaml:"push_jobs,omitempty"`
 }
 
 // Pusher may push for the jobs that a regular expression matches as a whole.
@@ -156,6 +159,8 @@ type Roles struct {
 	exact   map[string][]*entry // of agents, by the patterns that are names
 	wild    []*entry            // of agents, those that have other patterns
 	checked *cache
+
+	tokensFile, stamp string
 }
 
 // Compile checks a configuration and reads its files; relative names count from dir.
@@ -176,7 +181,17 @@ func (c *Config) Compile(dir string) (*Roles, error) {
 			return nil, err
 		}
 	}
-	for i, a := range c.Agents {
+	agents := c.Agents
+	if c.AgentTokens != "" {
+		r.tokensFile = join(dir, c.AgentTokens)
+		r.stamp = r.Stamp() // before it is read: a change in between is seen later
+		more, err := ReadAgentTokens(r.tokensFile)
+		if err != nil {
+			return nil, fmt.Errorf("roles.agent_tokens: %w", err)
+		}
+		agents = append(agents[:len(agents):len(agents)], more...)
+	}
+	for i, a := range agents {
 		e, err := r.add(roleAgent, i, a.Credential, dir)
 		if err == nil {
 			e.agents, err = compilePatterns(e, "agents", a.Agents)
@@ -329,9 +344,7 @@ const maxSecretFile = 64 << 10
 
 // readSecret reads a regular file, without its last line break.
 func readSecret(dir, name string, least int) (string, error) {
-	if !filepath.IsAbs(name) {
-		name = filepath.Join(dir, name)
-	}
+	name = join(dir, name)
 	info, err := os.Stat(name) // opening a pipe would wait for its writer
 	if err != nil {
 		return "", err
@@ -358,6 +371,13 @@ func readSecret(dir, name string, least int) (string, error) {
 		return "", fmt.Errorf("%s: %w", name, errShort(least))
 	}
 	return secret, nil
+}
+
+func join(dir, name string) string {
+	if filepath.IsAbs(name) {
+		return name
+	}
+	return filepath.Join(dir, name)
 }
 
 func errShort(least int) error {

@@ -360,6 +360,7 @@ const recheckEvery = time.Second
 // watchAccess ends what goes on under credentials that don't count any more, after
 // each reload and as they expire, until ctx ends.
 func (s *Server) watchAccess(ctx context.Context) {
+	seen := s.access.Roles().Stamped()
 	tick := time.NewTicker(recheckEvery)
 	defer tick.Stop()
 	for {
@@ -368,6 +369,14 @@ func (s *Server) watchAccess(ctx context.Context) {
 			return
 		case <-s.recheck:
 		case <-tick.C:
+		}
+		// culvert-proxy token has no other way to tell of what it changed. A file that
+		// is bad is tried once.
+		if stamp := s.access.Roles().Stamp(); stamp != seen {
+			seen = stamp
+			if stamp != s.access.Roles().Stamped() {
+				_ = s.Reload() // it logs
+			}
 		}
 		roles := s.access.Roles()
 		s.mu.Lock()

@@ -94,15 +94,16 @@ type Config struct {
 
 // Server is a proxy. New, then Listen, then Run.
 type Server struct {
-	config   Config
-	id       string
-	logger   *slog.Logger
-	fleet    *fleet.Fleet
-	metrics  *metrics
-	settings atomic.Pointer[Settings]
-	access   *access.Authenticator
-	guarded  []string      // the routes of the router: see routeAccess
-	recheck  chan struct{} // has one after a reload: see watchAccess
+	config    Config
+	id        string
+	logger    *slog.Logger
+	fleet     *fleet.Fleet
+	metrics   *metrics
+	settings  atomic.Pointer[Settings]
+	reloading sync.Mutex // held during a reload: the last one has to win
+	access    *access.Authenticator
+	guarded   []string      // the routes of the router: see routeAccess
+	recheck   chan struct{} // has one after a reload: see watchAccess
 
 	main, agents []*listener
 	mux          *http.ServeMux

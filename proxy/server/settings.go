@@ -69,6 +69,8 @@ func (s *Settings) lifetimes(defaultTTL time.Duration) func(gateway.Key) gateway
 
 // Reload reads the configuration file anew. On an error the old settings stay.
 func (s *Server) Reload() error {
+	s.reloading.Lock()
+	defer s.reloading.Unlock()
 	err := s.loadSettings()
 	if err == nil {
 		err = s.push.reload(s.settings.Load())
