@@ -60,6 +60,9 @@ func checkConfig(out io.Writer, flags *flags) error {
 	if c.TokenFile != "" {
 		line("token", "from %s", c.TokenFile)
 	}
+	if c.KeyFile != "" {
+		line("key", "in %s", c.KeyFile)
+	}
 	local := c.LocalHost
 	if local == "" {
 		local = "localhost"

@@ -36,7 +36,7 @@ type flags struct {
 	targets, hosts, allow      []string
 	localHost                  string
 	tls                        config.TLSConfig
-	tokenFile                  string
+	tokenFile, keyFile         string
 	initialWait, maxWait       time.Duration
 	initialWaitSet, maxWaitSet bool
 	metricsAddress             string
@@ -124,6 +124,8 @@ func (f *flags) app() *kingpin.Application {
 		StringVar(&f.tls.KeyFile)
 	app.Flag("token-file", "File with the bearer token for the proxies, read for each handshake.").
 		StringVar(&f.tokenFile)
+	app.Flag("key-file", "File with the agent's own secret, made where it is not there; a proxy with roles pins the agent's name to it.").
+		StringVar(&f.keyFile)
 	app.Flag("proxy.retry.initial-wait", "Upper bound of the first wait before the agent dials again; the wait is a random part of it.").
 		Default("1s").IsSetByUser(&f.initialWaitSet).DurationVar(&f.initialWait)
 	app.Flag("proxy.retry.max-wait", "Upper bound that the waits grow to, by half each time.").
@@ -171,6 +173,7 @@ type file struct {
 	LocalHost        string            `yaml:"local_host"`
 	TLS              config.TLSConfig  `yaml:"tls_config"`
 	TokenFile        string            `yaml:"token_file"`
+	KeyFile          string            `yaml:"key_file"`
 	RetryInitialWait model.Duration    `yaml:"retry_initial_wait"`
 	RetryMaxWait     model.Duration    `yaml:"retry_max_wait"`
 	MetricsAddress   *string           `yaml:"metrics_address"`
@@ -294,6 +297,7 @@ func (f *flags) load() (*settings, error) {
 		Labels:           c.Labels,
 		LocalHost:        cmp.Or(f.localHost, c.LocalHost),
 		TokenFile:        cmp.Or(f.tokenFile, c.TokenFile),
+		KeyFile:          cmp.Or(f.keyFile, c.KeyFile),
 		RetryInitialWait: f.initialWait,
 		RetryMaxWait:     f.maxWait,
 		Logger:           promslog.New(&log),
@@ -385,6 +389,7 @@ func parseFile(text []byte, dir string) (file, error) {
 	}
 	c.TLS.SetDirectory(dir)
 	c.TokenFile = config.JoinDir(dir, c.TokenFile)
+	c.KeyFile = config.JoinDir(dir, c.KeyFile)
 	for i := range c.Targets {
 		c.Targets[i].HTTP.SetDirectory(dir)
 	}

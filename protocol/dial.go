@@ -31,6 +31,9 @@ type Dialer struct {
 	// Token, where it is not nil, is asked before each handshake for a bearer token, which
 	// is sent as authorization.
 	Token func() (string, error)
+	// Key, where it is not nil, is asked before each handshake for the agent's own secret:
+	// see HeaderKey.
+	Key func() (string, error)
 	// TLS is for https. Nil means the defaults of crypto/tls.
 	TLS *tls.Config
 	// Timeout bounds the whole handshake, 30 s by default.
@@ -39,6 +42,7 @@ type Dialer struct {
 	Session SessionConfig
 
 	bearer    string // what Token returned
+	key       string // what Key returned
 	webSocket bool   // the raw upgrade failed where WebSocket worked
 }
 
@@ -69,7 +73,8 @@ func (e *HandshakeError) Unwrap() error { return e.Err }
 // Dial does the handshake. It tries the raw upgrade first, and WebSocket where
 // the answer shows that something between refused the upgrade, which is
 // remembered for the next time, or where the connection broke off instead of an
-// answer. It returns a *HandshakeError, ctx's cause, or the error of Token.
+// answer. It returns a *HandshakeError, ctx's cause, or the error of Token or
+// Key.
 // The environment's HTTPS_PROXY, HTTP_PROXY and NO_PROXY are honoured.
 func (d *Dialer) Dial(ctx context.Context) (*Session, error) {
 	timeout := d.Timeout
@@ -82,6 +87,12 @@ func (d *Dialer) Dial(ctx context.Context) (*Session, error) {
 		var err error
 		if d.bearer, err = d.Token(); err != nil {
 			return nil, fmt.Errorf("token: %w", err)
+		}
+	}
+	if d.Key != nil {
+		var err error
+		if d.key, err = d.Key(); err != nil {
+			return nil, fmt.Errorf("key: %w", err)
 		}
 	}
 	var before *HandshakeError
@@ -203,6 +214,9 @@ func (d *Dialer) header() http.Header {
 	}
 	if d.bearer != "" {
 		h.Set("Authorization", "Bearer "+d.bearer)
+	}
+	if d.key != "" {
+		h.Set(HeaderKey, d.key)
 	}
 	h.Set(HeaderAgent, d.Agent)
 	h.Set(HeaderInstance, d.Instance)

@@ -61,6 +61,7 @@ const (
 const (
 	HeaderAgent    = "Culvert-Agent"    // the agent's name
 	HeaderInstance = "Culvert-Instance" // random per agent process
+	HeaderKey      = "Culvert-Key"      // the agent's own secret, which its name is pinned to
 	HeaderProxy    = "Culvert-Proxy"    // random per proxy process
 	HeaderError    = "Culvert-Error"    // one of the Code constants
 	HeaderMessage  = "Culvert-Message"  // goes with it: the body's text in one line, for HEAD and reason phrases

@@ -122,7 +122,7 @@ func TestSecureExample(t *testing.T) {
 	write(t, dir, "admin.password", "s3cret-of-admin\n")
 	write(t, dir, "backups.token", "0123456789abcdef-backups\n")
 	config, web := write(t, dir, "culvert.yml", read("culvert.yml")), write(t, dir, "web.yml", read("web.yml"))
-	secret, err := token(t, config, "create", "--agent=*.berlin.example.net")
+	secret, err := token(t, config, "create", "--require-key", "--agent=*.berlin.example.net")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -25,6 +25,7 @@ type tokenFlags struct {
 	name                    string
 	agents, hosts, pushJobs []string
 	expires                 time.Duration
+	requireKey              bool
 	revoke                  []string
 }
 
@@ -38,6 +39,8 @@ func (f *tokenFlags) command(app *kingpin.Application) {
 	create.Flag("push-job", "Regular expression for the jobs whose pushes such an agent may relay. Repeatable; none by default.").
 		StringsVar(&f.pushJobs)
 	duration(create.Flag("expires", "After which time the token ends, as in 90d. Never by default."), &f.expires)
+	create.Flag("require-key", "Take agents alone that show a key of their own (--key-file), to which the proxy pins their names.").
+		BoolVar(&f.requireKey)
 	create.Flag("name", "Name of the token, for list and revoke. A random one by default.").
 		StringVar(&f.name)
 	token.Command("list", "List the tokens, without their secret.")
@@ -91,7 +94,7 @@ func (f *tokenFlags) run(command, configFile string, out, notes io.Writer) error
 func (f *tokenFlags) create(file string, roles *access.Config, out, notes io.Writer) error {
 	secret := rand.Text() + rand.Text()[:10] // 180 bits
 	sum := sha256.Sum256([]byte(secret))
-	added := access.Agent{Agents: f.agents, Hosts: f.hosts, PushJobs: f.pushJobs}
+	added := access.Agent{Agents: f.agents, Hosts: f.hosts, PushJobs: f.pushJobs, RequireKey: f.requireKey}
 	added.Name, added.TokenHash = f.name, hex.EncodeToString(sum[:])
 	if added.Name == "" {
 		added.Name = "token-" + strings.ToLower(rand.Text()[:8])
@@ -119,7 +122,7 @@ func list(file string, out io.Writer) error {
 		return err
 	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "NAME\tAGENTS\tHOSTS\tPUSH JOBS\tEXPIRES")
+	fmt.Fprintln(w, "NAME\tAGENTS\tHOSTS\tPUSH JOBS\tEXPIRES\tKEY")
 	dash := func(s string) string {
 		if s == "" {
 			return "-"
@@ -127,7 +130,7 @@ func list(file string, out io.Writer) error {
 		return s
 	}
 	for _, a := range agents {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", a.Name, strings.Join(a.Agents, ","), dash(strings.Join(a.Hosts, ",")), dash(strings.Join(a.PushJobs, ",")), dash(a.Expires))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", a.Name, strings.Join(a.Agents, ","), dash(strings.Join(a.Hosts, ",")), dash(strings.Join(a.PushJobs, ",")), dash(a.Expires), map[bool]string{true: "required", false: "-"}[a.RequireKey])
 	}
 	return w.Flush()
 }

@@ -54,6 +54,10 @@ type Config struct {
 	// TokenFile holds the bearer token for the proxies, in one line. It is read for each
 	// handshake. None by default.
 	TokenFile string
+	// KeyFile keeps the agent's own secret. It is made where it is not there. A proxy with
+	// roles pins the agent's name to it, so that nobody else can be this agent. None by
+	// default.
+	KeyFile string
 	// RetryInitialWait and RetryMaxWait bound the waits between tries to reach a
 	// proxy: 1 s and 5 s by default. Each wait is a random part of the bound,
 	// which grows by half with each failure.
@@ -281,6 +285,9 @@ func (a *Agent) dialer(proxy *ProxyURL) *protocol.Dialer {
 func (a *Agent) update(d *protocol.Dialer) {
 	s := a.current.Load()
 	d.Agent, d.TLS, d.Session = s.name, s.TLS, s.Session
+	if d.Key = nil; s.KeyFile != "" {
+		d.Key = func() (string, error) { return readOrMakeKey(s.KeyFile) }
+	}
 	if d.Token = nil; s.TokenFile != "" {
 		d.Token = func() (string, error) { return readToken(s.TokenFile) }
 	}

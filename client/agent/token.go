@@ -1,13 +1,17 @@
 package agent
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 )
 
 // maxToken bounds a token in bytes: it has to go through as a header field.
@@ -61,6 +65,48 @@ func (s *snapshot) checkToken() error {
 		if addr, err := netip.ParseAddr(u.Hostname()); u.Scheme == "http" && u.Hostname() != "localhost" && (err != nil || !addr.IsLoopback()) {
 			s.Logger.Warn("The token goes to this proxy without TLS: whoever is on the way can read it; use https", "proxy", u.Redacted())
 		}
+	}
+	return nil
+}
+
+var keyLock sync.Mutex // the links of an agent make one key together
+
+// readOrMakeKey reads the agent's own secret, or makes one.
+func readOrMakeKey(file string) (string, error) {
+	keyLock.Lock()
+	defer keyLock.Unlock()
+	if _, err := os.Stat(file); errors.Is(err, fs.ErrNotExist) {
+		if err := makeKey(file); err != nil {
+			return "", fmt.Errorf("make a key: %w", err)
+		}
+	}
+	key, err := readToken(file)
+	if err == nil && (len(key) < 32 || len(key) > 128) {
+		return "", fmt.Errorf("%s: a key has 32 to 128 characters; remove the file to have one made", file)
+	}
+	return key, err
+}
+
+// makeKey makes the file at once, whole: a key that is shown and then lost would lock
+// the agent out.
+func makeKey(file string) error {
+	f, err := os.CreateTemp(filepath.Dir(file), filepath.Base(file)+".*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	if _, err := fmt.Fprintln(f, rand.Text()+rand.Text()); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	if err := os.Link(f.Name(), file); err != nil && !errors.Is(err, fs.ErrExist) { // of another process
+		return os.Rename(f.Name(), file) // a file system without links
 	}
 	return nil
 }

@@ -84,3 +84,49 @@ func TestTokenFile(t *testing.T) {
 		t.Errorf("logged: %s", &log)
 	}
 }
+
+// TestKeyFile: a key is made once, for its owner alone, and shown each time.
+func TestKeyFile(t *testing.T) {
+	t.Parallel()
+	shown := make(chan string, 10)
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		shown <- r.Header.Get("Culvert-Key")
+		w.Header().Set("Culvert-Error", "unauthorized")
+		w.WriteHeader(http.StatusUnauthorized)
+	}))
+	defer proxy.Close()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "key")
+	var keys []string
+	for range 2 {
+		a, err := agent.New(agent.Config{Name: "web-1", ProxyURLs: []string{proxy.URL}, KeyFile: file})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if _, err := a.Dial(context.Background(), a.ProxyURLs()[0]); err == nil || !strings.Contains(err.Error(), "unauthorized") {
+				t.Errorf("got %v", err)
+			}
+			keys = append(keys, <-shown)
+		}
+	}
+	if len(keys[0]) < 32 || strings.Join(keys, " ") != strings.TrimSpace(strings.Repeat(keys[0]+" ", 4)) {
+		t.Errorf("shown: %q", keys)
+	}
+	if info, err := os.Stat(file); err != nil || runtime.GOOS != "windows" && info.Mode().Perm() != 0o600 {
+		t.Errorf("the file: %v %v", info.Mode(), err)
+	}
+	if left, _ := os.ReadDir(dir); len(left) != 1 {
+		t.Errorf("left behind: %v", left)
+	}
+	if err := os.WriteFile(file, []byte("short"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a, err := agent.New(agent.Config{Name: "web-1", ProxyURLs: []string{proxy.URL}, KeyFile: file})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Dial(context.Background(), a.ProxyURLs()[0]); err == nil || !strings.Contains(err.Error(), "remove the file") {
+		t.Errorf("a key that is too short: %v", err)
+	}
+}

@@ -82,6 +82,11 @@ func (id *Identity) isAgent(e *entry, name string) bool {
 	return e.agents.cover(name) || e.ownName && slices.Contains(id.names, name)
 }
 
+// MayBeWithoutKey is MayBe for an agent that shows no key of its own.
+func (id *Identity) MayBeWithoutKey(agent string) bool {
+	return id.any(func(e *entry) bool { return id.isAgent(e, agent) && !e.requireKey })
+}
+
 // MayAnswerFor reports whether the agent may answer for a host, or a wildcard.
 func (id *Identity) MayAnswerFor(agent, host string) bool {
 	return id.any(func(e *entry) bool { return id.isAgent(e, agent) && e.hosts.coverHost(host) })

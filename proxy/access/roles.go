@@ -71,6 +71,8 @@ type Agent struct {
 	Agents     []string `yaml:"agents,omitempty"`
 	Hosts      []string `yaml:"hosts,omitempty"`
 	PushJobs   []string `yaml:"push_jobs,omitempty"`
+	// RequireKey refuses agents that show no key of their own: see Pins.
+	RequireKey bool `yaml:"require_key,omitempty"`
 }
 
 // Pusher may push for the jobs that a regular expression matches as a whole.
@@ -134,7 +136,9 @@ type entry struct {
 	ownName  bool     // of agents: the names in the certificate
 	agents   patterns // of scrapers and agents
 	hosts    patterns
-	jobs     jobs // of agents and pushers
+
+	requireKey bool // of agents
+	jobs       jobs // of agents and pushers
 }
 
 // user is a user name with the hash of a password, or a password.
@@ -214,6 +218,7 @@ func (c *Config) Compile(dir string) (*Roles, error) {
 				r.wild = append(r.wild, e)
 			}
 		}
+		e.requireKey = a.RequireKey
 		if e.ownName = len(a.Agents) == 0; e.ownName && (e.user != nil || e.token != nil) {
 			return nil, fmt.Errorf("%s: agents is missing: say which names an agent with this credential may have, as in agents: ['*.example.net']", e)
 		}

@@ -328,7 +328,56 @@ func (s *Server) admitAgent(r *http.Request) (*access.Identity, *protocol.Refusa
 	if !id.MayBe(name) {
 		return nil, protocol.Refusef(http.StatusForbidden, protocol.CodeForbidden, "the credential is of %s, which does not cover the name %q", id, name)
 	}
-	return id, nil
+	return id, s.checkKey(r, name, id)
+}
+
+// checkKey checks the agent's own secret: who has a name has shown it first, and a
+// token of many agents is not enough to pass for one of them.
+func (s *Server) checkKey(r *http.Request, name string, id *access.Identity) *protocol.Refusal {
+	if s.access.Roles().Open() {
+		return nil
+	}
+	key := r.Header.Get(protocol.HeaderKey)
+	if key != "" && (len(key) < 32 || len(key) > 128) || len(r.Header.Values(protocol.HeaderKey)) > 1 {
+		return protocol.Refusef(http.StatusBadRequest, protocol.CodeInvalid, "%s: use 32 to 128 characters, once", protocol.HeaderKey)
+	}
+	if err := s.pins.Check(name, key); err != nil {
+		return protocol.Refusef(http.StatusForbidden, protocol.CodeForbidden, "agent %q: %v than the one shown; if the agent has lost its --key-file, have an operator DELETE /api/v1/agents/%s", name, err, name)
+	}
+	if key == "" && !id.MayBeWithoutKey(name) {
+		return protocol.Refusef(http.StatusForbidden, protocol.CodeForbidden, "the credential is of %s, which takes agents with a key of their own alone; give the agent a --key-file", id)
+	}
+	return nil
+}
+
+// pin gives the name to the agent that has registered. Where that fails, the agent is
+// not connected.
+func (s *Server) pin(conn *agentConn) error {
+	if conn.key == "" || s.access.Roles().Open() {
+		return nil
+	}
+	err := s.pins.Pin(conn.Agent, conn.key)
+	if err == nil {
+		return nil
+	}
+	s.logger.Error("The agent's key could not be kept", "agent", conn.Agent, "from", conn.RemoteAddr, "err", err)
+	if errors.Is(err, access.ErrNotKept) {
+		return nil
+	}
+	s.fleet.Lost(conn.Conn, err.Error())
+	if errors.Is(err, access.ErrPinned) {
+		return protocol.Refusef(http.StatusForbidden, protocol.CodeForbidden, "agent %q: %v", conn.Agent, err)
+	}
+	return protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeUnavailable, "agent %q: %v", conn.Agent, err)
+}
+
+// release lets the next agent of a name choose its key.
+func (s *Server) release(name string) (released bool) {
+	released, err := s.pins.Release(name)
+	if err != nil {
+		s.logger.Error("The agent's key could not be forgotten", "agent", name, "err", err)
+	}
+	return released
 }
 
 // mayRegister checks a registration against what the session's credential covers now.

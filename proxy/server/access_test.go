@@ -591,3 +591,77 @@ func TestSlowedGuesses(t *testing.T) {
 	p.get("/metrics?only=self", "Authorization: "+prom).ok(t, `culvert_proxy_auth_failures_total{reason="wrong"} 1`)
 	p.logs.wait(t, "level=WARN", "further tries are slowed")
 }
+
+// TestPinned: a token of many agents is not enough to pass for one that is there
+// already, across a restart, until an operator releases the name or the agent leaves.
+func TestPinned(t *testing.T) {
+	t.Parallel()
+	file := newRolesFile(t, `
+roles:
+  agents:
+  - {name: webs, token_hash: `+hashOf("webs")+`, agents: ['web-*']}
+  - {name: strict, token_hash: `+hashOf("strict")+`, agents: ['db-*'], require_key: true}
+  operators: [{name: root, token_hash: `+hashOf("root")+`}]
+`)
+	storage := t.TempDir()
+	start := func() *testProxy {
+		return newProxy(t, func(c *server.Config) { c.ConfigFile, c.StoragePath = file.path, storage })
+	}
+	p := start()
+	open := func(token, name, instance, key string) (*protocol.Session, error) {
+		d := &protocol.Dialer{ProxyURL: mustParse(t, p.url), Agent: name, Instance: instance, Token: func() (string, error) { return token, nil }}
+		if key != "" {
+			d.Key = func() (string, error) { return key, nil }
+		}
+		s, err := d.Dial(t.Context())
+		if err != nil {
+			return nil, err
+		}
+		t.Cleanup(func() { s.Close() })
+		return s, s.Register(t.Context(), &protocol.Registration{})
+	}
+	mine, other := strings.Repeat("m", 40), strings.Repeat("o", 40)
+	first, err := open("webs", "web-1", "1", mine)
+	if err != nil {
+		t.Fatal(err)
+	}
+	attempts := func() {
+		t.Helper()
+		for _, key := range []string{"", other} {
+			_, err := open("webs", "web-1", "2", key)
+			wantRefusal(t, err, 403, protocol.CodeForbidden, "pinned to another key", "DELETE /api/v1/agents/web-1")
+		}
+	}
+	attempts() // while it is there
+	first.Close()
+	attempts() // while it is away
+	p.stop()
+	p = start()
+	attempts() // after a restart
+	if _, err := open("webs", "web-1", "3", mine); err != nil {
+		t.Fatal(err)
+	}
+	if a := p.send("DELETE", "/api/v1/agents/web-1", "Authorization: Bearer webs"); a.code != 403 {
+		t.Errorf("an agent releases a name: %d", a.code)
+	}
+	if a := p.send("DELETE", "/api/v1/agents/web-1", "Authorization: Bearer root"); a.code != 204 {
+		t.Fatalf("an operator can't release a name: %d %s", a.code, a.body)
+	}
+	second, err := open("webs", "web-1", "4", other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := second.Leave(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := open("webs", "web-1", "5", mine); err != nil {
+		t.Errorf("after it left: %v", err)
+	}
+	_, err = open("strict", "db-1", "1", "")
+	wantRefusal(t, err, 403, protocol.CodeForbidden, "--key-file")
+	if _, err := open("strict", "db-1", "1", mine); err != nil {
+		t.Error(err)
+	}
+	_, err = open("webs", "web-9", "1", "short")
+	wantRefusal(t, err, 400, protocol.CodeInvalid, "32 to 128")
+}

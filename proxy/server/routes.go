@@ -150,7 +150,8 @@ func (s *Server) serveOneAgent(w http.ResponseWriter, r *http.Request) {
 // forgetAgent removes an agent at once. One that is still running comes back.
 func (s *Server) forgetAgent(w http.ResponseWriter, r *http.Request) {
 	name := protocol.NormalizeName(route.Param(r.Context(), "name"))
-	if !s.fleet.Forget(name) {
+	known := s.fleet.Forget(name)
+	if released := s.release(name); !known && !released {
 		http.Error(w, fmt.Sprintf("no agent %q is known; see /api/v1/agents", name), http.StatusNotFound)
 		return
 	}

@@ -102,6 +102,7 @@ type Server struct {
 	settings  atomic.Pointer[Settings]
 	reloading sync.Mutex // held during a reload: the last one has to win
 	access    *access.Authenticator
+	pins      *access.Pins
 	guarded   []string      // the routes of the router: see routeAccess
 	recheck   chan struct{} // has one after a reload: see watchAccess
 
@@ -167,6 +168,14 @@ func New(config Config) (*Server, error) {
 		if s.fleet, err = fleet.Open(config.Fleet); err != nil {
 			return nil, err
 		}
+	}
+	pinsPath := ""
+	if config.StoragePath != "" {
+		pinsPath = filepath.Join(config.StoragePath, "agent-keys")
+	}
+	// If these keys didn't count, who has the token of many agents could pass for one.
+	if s.pins, err = access.OpenPins(pinsPath); err != nil {
+		return nil, err
 	}
 	s.metrics = newMetrics(config.Registry, s, stored)
 	s.config.Session.Stats = s.metrics.stats

@@ -60,6 +60,7 @@ func (s *Server) serveTunnel(w http.ResponseWriter, r *http.Request) {
 	s.metrics.handshakes.WithLabelValues(outcomeOK).Inc()
 	conn := &agentConn{Conn: fleet.NewConn(session), turn: make(chan struct{}, 1), relays: make(chan struct{}, maxRelays)}
 	conn.identity.Store(identity)
+	conn.key = r.Header.Get(protocol.HeaderKey)
 	s.mu.Lock()
 	if s.conns == nil || !s.sessions.begin() {
 		s.mu.Unlock()
@@ -108,6 +109,7 @@ type agentConn struct {
 	turn       chan struct{} // of one registration at a time
 	relays     chan struct{} // a token for each relay that runs
 	identity   atomic.Pointer[access.Identity]
+	key        string      // the agent's own, "" for none
 	unchecked  atomic.Bool // a reload may have come in the middle of the registration
 }
 
@@ -238,7 +240,9 @@ func (s *Server) register(w http.ResponseWriter, r *http.Request, conn *agentCon
 	case check:
 		err = s.fleet.Check(r.Context(), conn.Conn, reg)
 	default:
-		err = s.fleet.Register(r.Context(), conn.Conn, reg)
+		if err = s.fleet.Register(r.Context(), conn.Conn, reg); err == nil {
+			err = s.pin(conn)
+		}
 	}
 	if err != nil {
 		refusal, ok := protocol.AsRefusal(err)
@@ -295,6 +299,7 @@ func (s *Server) leave(w http.ResponseWriter, r *http.Request, conn *agentConn) 
 	case err != nil:
 		protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeUnavailable, "leave: %v", err).Write(w)
 	default:
+		s.release(conn.Agent)
 		s.logger.Info("Agent left for good", "agent", conn.Agent, "from", conn.RemoteAddr)
 		w.WriteHeader(http.StatusNoContent)
 		http.NewResponseController(w).Flush()
