@@ -10,10 +10,10 @@ import (
 
 // The collector's headroom, beside what is alive. The push store makes a large heap
 // that hardly changes and has few pointers: collecting it often costs little, so
-// less than half of the default does. A small heap gets more than the default, or
+// a third of the default does. A small heap gets more than the default, or
 // the collector would never rest.
 const (
-	largeHeapPercent = 40
+	largeHeapPercent = 30
 	smallHeapPercent = 400
 	minHeadroom      = 24 << 20 // bytes
 	heapCheckEvery   = 2 * time.Second
