@@ -107,7 +107,7 @@ func TestExamplesOfTheSpecification(t *testing.T) {
 		}
 		return string(b)
 	}
-	expect("the proxy's SYN", bytesOf("00 01 0001 00000002 007c0000"))
+	expect("the proxy's SYN", bytesOf("00 01 0001 00000002 005c0000"))
 	expect("request", bytesOf("00 00 0000 00000002 00000034")+"GET http://web-1.example.net:9100/metrics HTTP/1.1\r\n")
 	expect("FIN", bytesOf("00 01 0004 00000002 00000000"))
 	conn.Write([]byte(bytesOf("00 02 0001 00000000 00000007")))
@@ -212,7 +212,7 @@ func TestFramesLeaveInOneWrite(t *testing.T) {
 			stream.Close()
 		}()
 		for _, want := range [][]byte{
-			frame(typeWindow, flagSYN, 2, 0x7c0000),
+			frame(typeWindow, flagSYN, 2, 0x5c0000),
 			frame(typeData, 0, 2, 64<<10), frame(typeData, 0, 2, 100_000-64<<10),
 			frame(typeWindow, flagFIN, 2, 0),
 		} {

@@ -59,7 +59,7 @@ type SessionConfig struct {
 	MaxAccepted int
 	// StreamWindow is the receive window of a stream in bytes, and so bounds the
 	// throughput of one response to StreamWindow per round trip, and the memory
-	// that a slow reader can hold to about twice of it. 8 MiB by default at the proxy, which
+	// that a slow reader can hold to about twice of it. 6 MiB by default at the proxy, which
 	// is what responses come to; 1 MiB at the agent.
 	StreamWindow uint32
 	// Stats, where given, counts the bytes and streams of all sessions that share it.
@@ -80,9 +80,9 @@ const (
 	defaultDeadAfter    = 60 * time.Second
 	defaultMaxStreams   = 1024
 
-	// One round trip of 100 ms at 600 Mbit/s; and a response of a few megabytes goes through
+	// One round trip of 100 ms at 480 Mbit/s; and a response of a few megabytes goes through
 	// without any wait for the window. Requests are small.
-	acceptedStreamWindow = 8 << 20
+	acceptedStreamWindow = 6 << 20
 	dialledStreamWindow  = 1 << 20
 
 	// streamCloseTimeout is how long a closed stream waits for the other side's
