@@ -105,27 +105,36 @@ func (r *Record) AppendBinary(out []byte) ([]byte, error) {
 	return out, nil
 }
 
+// cutField reads the first field of a message: its number, and its value where that is a
+// varint or bytes. size is that of the field, negative where it can't be read, which
+// protowire.ParseError explains.
+func cutField(data []byte) (field protowire.Number, number uint64, content []byte, size int) {
+	field, kind, size := protowire.ConsumeTag(data)
+	if size < 0 {
+		return 0, 0, nil, size
+	}
+	n := 0
+	switch value := data[size:]; kind {
+	case protowire.VarintType:
+		number, n = protowire.ConsumeVarint(value)
+	case protowire.BytesType:
+		content, n = protowire.ConsumeBytes(value)
+	default:
+		n = protowire.ConsumeFieldValue(field, kind, value)
+	}
+	if n < 0 {
+		return 0, 0, nil, n
+	}
+	return field, number, content, size + n
+}
+
 // UnmarshalBinary reads what AppendBinary wrote.
 func (r *Record) UnmarshalBinary(data []byte) error {
 	*r = Record{state: state{named: unnamed}}
 	labels, families := map[string]string{}, map[string]*dto.MetricFamily{}
 	ages, age := map[string]int64{}, int64(0)
 	for len(data) > 0 {
-		field, kind, n := protowire.ConsumeTag(data)
-		if n < 0 {
-			return fmt.Errorf("a record can't be read: %w", protowire.ParseError(n))
-		}
-		data = data[n:]
-		var number uint64
-		var content []byte
-		switch kind {
-		case protowire.VarintType:
-			number, n = protowire.ConsumeVarint(data)
-		case protowire.BytesType:
-			content, n = protowire.ConsumeBytes(data)
-		default:
-			n = protowire.ConsumeFieldValue(field, kind, data)
-		}
+		field, number, content, n := cutField(data)
 		if n < 0 {
 			return fmt.Errorf("a record can't be read: %w", protowire.ParseError(n))
 		}

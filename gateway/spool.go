@@ -110,21 +110,7 @@ func (m *Mark) AppendBinary(out []byte) ([]byte, error) {
 func (m *Mark) UnmarshalBinary(data []byte) error {
 	*m = Mark{}
 	for len(data) > 0 {
-		field, kind, n := protowire.ConsumeTag(data)
-		if n < 0 {
-			return fmt.Errorf("a spool's mark can't be read: %w", protowire.ParseError(n))
-		}
-		data = data[n:]
-		var number uint64
-		var content []byte
-		switch kind {
-		case protowire.VarintType:
-			number, n = protowire.ConsumeVarint(data)
-		case protowire.BytesType:
-			content, n = protowire.ConsumeBytes(data)
-		default:
-			n = protowire.ConsumeFieldValue(field, kind, data)
-		}
+		field, number, content, n := cutField(data)
 		if n < 0 {
 			return fmt.Errorf("a spool's mark can't be read: %w", protowire.ParseError(n))
 		}
