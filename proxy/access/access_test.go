@@ -315,21 +315,23 @@ agents:
 			t.Fatalf("try %d: %s", i, got)
 		}
 	}
-	for what, c := range map[string]struct {
-		from, authorization string
-		want                access.Reason
+	// In this order: a credential that was right once is not slowed any more.
+	for _, c := range []struct {
+		what, from, authorization string
+		want                      access.Reason
 	}{
-		"an eleventh":                   {"192.0.2.1:1", basic("prom", "11"), access.Slowed},
-		"the right one":                 {"192.0.2.1:2", basic("prom", "secret"), access.Slowed},
-		"the right one, from elsewhere": {"192.0.2.2:1", basic("prom", "secret"), ""},
-		"another user":                  {"192.0.2.1:1", basic("other", "x"), access.Wrong},
-		"another, checked":              {"192.0.2.1:1", basic("other", "secret"), ""},
-		"X-Forwarded-For lies":          {"192.0.2.1:1", basic("prom", "12"), access.Slowed},
+		{"an eleventh", "192.0.2.1:1", basic("prom", "11"), access.Slowed},
+		{"the right one", "192.0.2.1:2", basic("prom", "secret"), access.Slowed},
+		{"X-Forwarded-For lies", "192.0.2.1:1", basic("prom", "12"), access.Slowed},
+		{"another user", "192.0.2.1:1", basic("other", "x"), access.Wrong},
+		{"another, checked", "192.0.2.1:1", basic("other", "secret"), ""},
+		{"the right one, from elsewhere", "192.0.2.2:1", basic("prom", "secret"), ""},
+		{"the right one, checked elsewhere", "192.0.2.1:2", basic("prom", "secret"), ""},
 	} {
 		r := request(c.from, c.authorization)
 		r.Header.Set("X-Forwarded-For", "203.0.113.9")
 		if _, err := a.Identify(r, "Authorization", ""); reason(err) != c.want {
-			t.Errorf("%s: got %v, want %q", what, err, c.want)
+			t.Errorf("%s: got %v, want %q", c.what, err, c.want)
 		}
 	}
 	time.Sleep(time.Second)
