@@ -16,8 +16,9 @@ import (
 
 // agentsOptions is the command line of a process that plays many agents.
 type agentsOptions struct {
-	proxyURL        string
+	proxyURLs       []string
 	number, targets int
+	first           int // of their numbers
 	body            size
 }
 
@@ -30,10 +31,10 @@ func (o *agentsOptions) run(ctx context.Context) error {
 	handler := serveBody(exposition(int(o.body)), false)
 	var running sync.WaitGroup
 	defer running.Wait()
-	for i := range o.number {
+	for i := o.first; i < o.first+o.number; i++ {
 		cfg := agent.Config{
 			Name:      agentName(i),
-			ProxyURLs: []string{o.proxyURL},
+			ProxyURLs: o.proxyURLs,
 			Labels:    map[string]string{"env": "loadtest", "rack": strconv.Itoa(i % 40)},
 			Logger:    slog.New(slog.DiscardHandler), // thousands would say the same
 		}

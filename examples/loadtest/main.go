@@ -76,7 +76,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 
 	var agents agentsOptions
 	playAgents := app.Command("agents", "Play many agents in one process, until Ctrl-C.")
-	playAgents.Flag("proxy-url", "The proxy to connect to.").Required().StringVar(&agents.proxyURL)
+	playAgents.Flag("proxy-url", "The proxy to connect to. Repeatable: each agent connects to all of them.").Required().StringsVar(&agents.proxyURLs)
+	playAgents.Flag("first", "The first agent's number; it is called agent-NUMBER.").Default("0").IntVar(&agents.first)
 	playAgents.Flag("agents", "How many: agent-0, agent-1, …").Default("5000").IntVar(&agents.number)
 	playAgents.Flag("targets", "Targets of each agent: app-0, app-1, …").Default("1").IntVar(&agents.targets)
 	playAgents.Flag("body", "Size of the targets' bodies.").Default("1kB").SetValue(&agents.body)
