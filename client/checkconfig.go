@@ -57,6 +57,20 @@ func checkConfig(out io.Writer, flags *flags) error {
 		}
 		line("allow", "%s", ports)
 	}
+	for _, prefix := range c.AllowAddresses {
+		line("allow", "names that lead to %s", prefix)
+	}
+	running, size, tunnels := "any number", "any size", "any number of"
+	if c.MaxConcurrent > 0 {
+		running = fmt.Sprintf("at most %d", c.MaxConcurrent)
+	}
+	if c.MaxBodySize > 0 {
+		size = "at most " + units.Base2Bytes(c.MaxBodySize).String()
+	}
+	if c.MaxTunnels > 0 {
+		tunnels = fmt.Sprintf("at most %d", c.MaxTunnels)
+	}
+	line("scrapes", "%s at a time, responses of %s; %s CONNECT tunnels", running, size, tunnels)
 	if c.TokenFile != "" {
 		line("token", "from %s", c.TokenFile)
 	}
@@ -185,7 +199,7 @@ func explain(file string, err error) error {
 // from the given one.
 func closest(name string) string {
 	best, distance := "", 3
-	for _, of := range []any{file{}, fileTarget{}, fileHost{}, fileTextfile{}, filePush{}, config.HTTPClientConfig{}, config.TLSConfig{}, config.BasicAuth{}, config.Authorization{}} {
+	for _, of := range []any{file{}, fileTarget{}, fileHost{}, fileTextfile{}, fileScrape{}, filePush{}, config.HTTPClientConfig{}, config.TLSConfig{}, config.BasicAuth{}, config.Authorization{}} {
 		t := reflect.TypeOf(of)
 		for i := range t.NumField() {
 			known, _, _ := strings.Cut(t.Field(i).Tag.Get("yaml"), ",")

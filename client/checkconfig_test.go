@@ -38,6 +38,7 @@ targets:
     url: https://10.0.0.1/metrics?module=if
     labels: {floor: "2"}
     basic_auth: {username: u, password: secret}
+scrape: {allow_addresses: [169.254.7.7], max_concurrent: 9, max_body_size: 1MiB}
 storage_path: /var/lib/culvert-client
 push: {listen_addresses: ["unix:/run/p.sock"], relay: first}
 `, "--push.listen-address=127.0.0.1:9091", "--fqdn=web-1", "--proxy-url=http://a:8080")
@@ -51,6 +52,7 @@ push: {listen_addresses: ["unix:/run/p.sock"], relay: first}
 		"pushes on 127.0.0.1:9091\n", "pushes on unix:/run/p.sock\n",
 		"pushes with an instance: kept in /var/lib/culvert-client, served by the target agent\n",
 		"pushes without one: relayed to the first proxy that is connected, at most 256MiB wait in /var/lib/culvert-client\n",
+		"allow names that lead to 169.254.7.7/32\n", "scrapes at most 9 at a time, responses of at most 1MiB; at most 512 CONNECT tunnels\n",
 		"own metrics on :9369\n", "reconnects after at most 1s, growing to 5s\n",
 	} {
 		if plain := strings.ReplaceAll(strings.Join(strings.Fields(strings.ReplaceAll(out, "\n", " \x00 ")), " "), " \x00", "\n"); !strings.Contains(plain, want) {

@@ -35,6 +35,13 @@ type flags struct {
 	labels                     map[string]string
 	targets, hosts, allow      []string
 	localHost                  string
+	allowAddresses             []string
+	maxConcurrent              int
+	maxConcurrentSet           bool
+	maxResponseSize            units.Base2Bytes
+	maxResponseSizeSet         bool
+	maxTunnels                 int
+	maxTunnelsSet              bool
 	tls                        config.TLSConfig
 	tokenFile, keyFile         string
 	initialWait, maxWait       time.Duration
@@ -116,6 +123,14 @@ func (f *flags) app() *kingpin.Application {
 		StringsVar(&f.allow)
 	app.Flag("scrape.local-host", "Address that stands for this host. \"localhost\" by default.").
 		StringVar(&f.localHost)
+	app.Flag("scrape.allow-address", "ADDRESS or NETWORK that names may lead to although it is link-local, loopback, multicast, or a cloud's metadata service. Repeatable; none by default.").
+		StringsVar(&f.allowAddresses)
+	app.Flag("scrape.max-concurrent", "Scrapes that run at a time, of all targets and through all proxies; 0: no limit.").
+		Default("128").IsSetByUser(&f.maxConcurrentSet).IntVar(&f.maxConcurrent)
+	app.Flag("scrape.max-body-size", "Largest body of a target's response, as it is transferred; a longer one arrives broken. 0: no limit.").
+		Default("1GiB").IsSetByUser(&f.maxResponseSizeSet).BytesVar(&f.maxResponseSize)
+	app.Flag("connect.max-concurrent", "CONNECT tunnels (https scrapes) that are open at a time, through all proxies; 0: no limit.").
+		Default("512").IsSetByUser(&f.maxTunnelsSet).IntVar(&f.maxTunnels)
 	app.Flag("tls.cacert", "CA certificates for proxies and https scrapes, instead of the system's.").
 		StringVar(&f.tls.CAFile)
 	app.Flag("tls.cert", "Client certificate for proxies and https scrapes.").
@@ -171,6 +186,8 @@ type file struct {
 	Hosts            []fileHost        `yaml:"hosts"`
 	Allow            []fileScalar      `yaml:"allow"`
 	LocalHost        string            `yaml:"local_host"`
+	Scrape           fileScrape        `yaml:"scrape"`
+	Connect          fileConnect       `yaml:"connect"`
 	TLS              config.TLSConfig  `yaml:"tls_config"`
 	TokenFile        string            `yaml:"token_file"`
 	KeyFile          string            `yaml:"key_file"`
@@ -202,6 +219,16 @@ type fileTextfile struct {
 	Directories []string       `yaml:"directories"`
 	MaxAge      model.Duration `yaml:"max_age"`
 	MaxFileSize fileBytes      `yaml:"max_file_size"`
+}
+
+type fileScrape struct {
+	AllowAddresses []string   `yaml:"allow_addresses"`
+	MaxConcurrent  *int       `yaml:"max_concurrent"`
+	MaxBodySize    *fileBytes `yaml:"max_body_size"`
+}
+
+type fileConnect struct {
+	MaxConcurrent *int `yaml:"max_concurrent"`
 }
 
 type filePush struct {
@@ -335,6 +362,32 @@ func (f *flags) load() (*settings, error) {
 	if !f.maxBodySizeSet && c.Push.MaxBodySize != 0 {
 		push.MaxBodySize = int64(c.Push.MaxBodySize)
 	}
+	for _, raw := range append(append([]string{}, f.allowAddresses...), c.Scrape.AllowAddresses...) {
+		prefix, err := agent.ParseAddresses(raw)
+		if err != nil {
+			return nil, fmt.Errorf("--scrape.allow-address: %w", err)
+		}
+		s.Agent.AllowAddresses = append(s.Agent.AllowAddresses, prefix)
+	}
+	limits := map[string]int64{"scrape.max-concurrent": int64(f.maxConcurrent), "connect.max-concurrent": int64(f.maxTunnels), "scrape.max-body-size": int64(f.maxResponseSize)}
+	if n := c.Scrape.MaxConcurrent; n != nil && !f.maxConcurrentSet {
+		limits["scrape.max-concurrent"] = int64(*n)
+	}
+	if n := c.Connect.MaxConcurrent; n != nil && !f.maxTunnelsSet {
+		limits["connect.max-concurrent"] = int64(*n)
+	}
+	if n := c.Scrape.MaxBodySize; n != nil && !f.maxResponseSizeSet {
+		limits["scrape.max-body-size"] = int64(*n)
+	}
+	for name, n := range limits {
+		switch {
+		case n < 0:
+			return nil, fmt.Errorf("--%s: %d is less than 0; 0 is no limit", name, n)
+		case n == 0:
+			limits[name] = -1 // what the library takes for no limit
+		}
+	}
+	s.Agent.MaxConcurrent, s.Agent.MaxTunnels, s.Agent.MaxBodySize = int(limits["scrape.max-concurrent"]), int(limits["connect.max-concurrent"]), limits["scrape.max-body-size"]
 	if len(f.labels) > 0 {
 		s.Agent.Labels = maps.Clone(c.Labels)
 		if s.Agent.Labels == nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -46,10 +47,12 @@ retry_initial_wait: 2s
 retry_max_wait: 7s
 metrics_address: ""
 local_host: 127.0.0.1
+scrape: {allow_addresses: [169.254.0.0/16, "fe80::1"], max_concurrent: 9, max_body_size: 1MiB}
+connect: {max_concurrent: 0}
 textfile: {directories: [/b/*, c], max_age: 1d, max_file_size: 1MiB}
 storage_path: state
 push: {listen_addresses: ["127.0.0.1:9091", "unix:p.sock"], relay: first, spool_max_bytes: 1GiB, max_body_size: 1000}
-`, "--push.listen-address=unix:/run/a.sock", "--push.spool-max-bytes=2GiB", "--textfile.directory=/a", "--textfile.max-file-size=2MiB", "--proxy-url=http://a:8080", "--fqdn=from-flag", "--label=env=test", "--allow=1-5,7", "--target=node=http://localhost:9100", "--host=x.lan", "--proxy.retry.max-wait=9s")
+`, "--scrape.allow-address=127.0.0.1", "--scrape.max-concurrent=7", "--push.listen-address=unix:/run/a.sock", "--push.spool-max-bytes=2GiB", "--textfile.directory=/a", "--textfile.max-file-size=2MiB", "--proxy-url=http://a:8080", "--fqdn=from-flag", "--label=env=test", "--allow=1-5,7", "--target=node=http://localhost:9100", "--host=x.lan", "--proxy.retry.max-wait=9s")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,6 +71,9 @@ push: {listen_addresses: ["127.0.0.1:9091", "unix:p.sock"], relay: first, spool_
 	}
 	if len(c.Targets) != 2 || c.Targets[1].HTTP.BasicAuth.Username != "u" || !c.Targets[1].HTTP.FollowRedirects {
 		t.Errorf("targets %+v", c.Targets)
+	}
+	if fmt.Sprint(c.AllowAddresses) != "[127.0.0.1/32 169.254.0.0/16 fe80::1/128]" || c.MaxConcurrent != 7 || c.MaxTunnels != -1 || c.MaxBodySize != 1<<20 {
+		t.Errorf("scrapes: %v, %d, %d, %d", c.AllowAddresses, c.MaxConcurrent, c.MaxTunnels, c.MaxBodySize)
 	}
 	if c.RetryInitialWait != 2*time.Second || c.RetryMaxWait != 9*time.Second {
 		t.Errorf("waits %s %s", c.RetryInitialWait, c.RetryMaxWait)
@@ -99,6 +105,11 @@ func TestLoadErrors(t *testing.T) {
 		{"", "--textfile.max-age=-1s", "-1s"},
 		{"push: {spool_max_bytes: big}", "", `"big"`},
 		{"", "--push.relay=some", "some"},
+		{"", "--scrape.allow-address=evil.test", "evil.test"},
+		{"scrape: {allow_addresses: [1.2.3.4/40]}", "", "1.2.3.4/40"},
+		{"scrape: {max_concurrent: -1}", "", "--scrape.max-concurrent"},
+		{"scrape: {max_body_size: big}", "", `"big"`},
+		{"", "--connect.max-concurrent=-1", "--connect.max-concurrent"},
 		{"tls_config: {ca_file: nowhere.pem}", "", "nowhere.pem"},
 		{"", "--config.file=nowhere.yml", "nowhere.yml"},
 		{"", "--allow=x", `"x"`},

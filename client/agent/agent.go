@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"strings"
@@ -48,6 +49,23 @@ type Config struct {
 	Allow []PortRange
 	// LocalHost is the address of the own host, "localhost" by default.
 	LocalHost string
+	// AllowAddresses are those that a name may lead to although they are link-local,
+	// loopback, multicast, unspecified, or a cloud's metadata service. None by default:
+	// DNS doesn't decide that the agent reaches them. Addresses that stand in LocalHost,
+	// Hosts or Targets need no leave.
+	AllowAddresses []netip.Prefix
+	// MaxConcurrent bounds the scrapes that run at a time, of all targets and through all
+	// proxies together; one more waits for a second, and is refused then. 128 by default:
+	// what two proxies send at most, as they come. Negative: no limit.
+	MaxConcurrent int
+	// MaxTunnels bounds the CONNECT tunnels (https scrapes) likewise. 512 by default, as
+	// much as two proxies open. Negative: no limit.
+	MaxTunnels int
+	// MaxBodySize bounds the body of a target's response, in bytes as they are
+	// transferred. A longer one arrives broken, or is refused where its length is known.
+	// 1 GiB by default: far more than a Prometheus takes, and an end for what has none.
+	// Negative: no limit. What goes through CONNECT is not measured.
+	MaxBodySize int64
 	// TLS is used towards https proxies, and for https scrapes that the agent
 	// makes itself. Nil means the defaults of crypto/tls.
 	TLS *tls.Config
@@ -114,6 +132,10 @@ type Agent struct {
 	current  atomic.Pointer[snapshot]
 	pushes   atomic.Pointer[pushes] // nil: none are taken
 
+	scrapes, tunnels *places // those that run
+
+	refusedAddress, longResponse rarely
+
 	mu      sync.Mutex // protects what follows, and changes of current
 	links   map[string]*link
 	started bool             // Run was called
@@ -126,13 +148,16 @@ type Agent struct {
 func New(cfg Config) (*Agent, error) {
 	id := make([]byte, 16)
 	rand.Read(id)
-	a := &Agent{instance: hex.EncodeToString(id), links: map[string]*link{}, held: map[string]*link{}}
+	a := &Agent{instance: hex.EncodeToString(id), links: map[string]*link{}, held: map[string]*link{}, scrapes: new(places), tunnels: new(places)}
+	logger := func() *slog.Logger { return a.current.Load().Logger }
+	a.refusedAddress.logger, a.longResponse.logger = logger, logger
 	a.metrics = newMetrics(a)
 	snap, err := a.newSnapshot(cfg)
 	if err != nil {
 		return nil, err
 	}
 	a.current.Store(snap)
+	a.resizePlaces(snap)
 	return a, nil
 }
 
@@ -184,6 +209,7 @@ func (a *Agent) reload(snap *snapshot) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	old := a.current.Swap(snap)
+	a.resizePlaces(snap)
 	old.retire()
 	if a.running == nil || a.running.Err() != nil {
 		return
@@ -192,6 +218,11 @@ func (a *Agent) reload(snap *snapshot) {
 	for _, l := range a.links {
 		l.reload(old, snap)
 	}
+}
+
+func (a *Agent) resizePlaces(snap *snapshot) {
+	a.scrapes.resize(snap.MaxConcurrent)
+	a.tunnels.resize(snap.MaxTunnels)
 }
 
 // startLinks starts and stops links so that there is one for each proxy URL. It
@@ -375,10 +406,11 @@ type snapshot struct {
 	proxies      []*ProxyURL
 	registration protocol.Registration
 	targets      map[string]*target
-	hosts        map[string]string // exact names, to addresses
-	wildcards    map[string]string // suffixes ".example.net", to addresses
-	ports        *http.Transport   // for scrapes of ports
-	self         *self             // the target "agent"
+	hosts        map[string]place // exact names
+	wildcards    map[string]place // suffixes ".example.net"
+	guard        *guard           // connects to targets
+	ports        *http.Transport  // for scrapes of ports
+	self         *self            // the target "agent"
 }
 
 func (a *Agent) newSnapshot(cfg Config) (*snapshot, error) {
@@ -393,6 +425,15 @@ func (a *Agent) newSnapshot(cfg Config) (*snapshot, error) {
 	}
 	if cfg.RetryMaxWait <= 0 {
 		cfg.RetryMaxWait = 5 * time.Second
+	}
+	if cfg.MaxConcurrent == 0 {
+		cfg.MaxConcurrent = 128
+	}
+	if cfg.MaxTunnels == 0 {
+		cfg.MaxTunnels = 512
+	}
+	if cfg.MaxBodySize == 0 {
+		cfg.MaxBodySize = 1 << 30
 	}
 	if cfg.ShutdownTimeout <= 0 {
 		cfg.ShutdownTimeout = 10 * time.Second

@@ -23,11 +23,12 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	serveNames()
 	if child := children[os.Getenv(childName)]; child != nil {
 		child()
 		return
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(m, goleak.IgnoreCurrent()) // serveNames
 }
 
 // patience bounds every wait for an event that has to come.

@@ -32,7 +32,7 @@ func newMetrics(a *Agent) *metrics {
 		stats:    new(protocol.Stats),
 		scrapes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "culvert_client_scrapes_total",
-			Help: "Scrapes that came through a proxy, by outcome: ok, cancelled, or the reason of the refusal. A rise of not-allowed asks for an --allow flag, of target-unreachable for a look at the exporter.",
+			Help: "Scrapes that came through a proxy, by outcome: ok, cancelled, broken, too-long, or the reason of the refusal. A rise of not-allowed asks for an --allow flag, or says that a name leads where it should not; of target-unreachable for a look at the exporter; of agent-busy for fewer scrapers or a higher --scrape.max-concurrent; of too-long for a look at what the exporter sends, or a higher --scrape.max-body-size.",
 		}, []string{"outcome"}),
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:                            "culvert_client_scrape_duration_seconds",
@@ -88,6 +88,14 @@ func newMetrics(a *Agent) *metrics {
 			Name: "culvert_client_tunnel_written_bytes_total",
 			Help: "Bytes written to the tunnels, framing included, TLS not.",
 		}, func() float64 { return float64(m.stats.BytesWritten.Load()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "culvert_client_scrapes_max_concurrent",
+			Help: "Scrapes that may run at a time: --scrape.max-concurrent; 0: no limit.",
+		}, func() float64 { return float64(a.scrapes.limit()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "culvert_client_tunnels_max_concurrent",
+			Help: "CONNECT tunnels that may be open at a time: --connect.max-concurrent; 0: no limit.",
+		}, func() float64 { return float64(a.tunnels.limit()) }),
 		sessionCollector{a})
 	return m
 }

@@ -49,16 +49,17 @@ func ParseHost(s string) Host {
 
 // addRoutes fills in what the snapshot answers for.
 func (s *snapshot) addRoutes() error {
+	s.guard = newGuard(s)
 	s.targets = map[string]*target{}
 	for i := range s.Config.Targets {
-		t, err := newTarget(s.Config.Targets[i])
+		t, err := newTarget(s.Config.Targets[i], s.guard)
 		if err != nil {
 			return fmt.Errorf("target %q: %w", s.Config.Targets[i].Name, err)
 		}
 		s.targets[t.declared.Name] = t
 		s.registration.Targets = append(s.registration.Targets, t.declared)
 	}
-	s.hosts, s.wildcards = map[string]string{}, map[string]string{}
+	s.hosts, s.wildcards = map[string]place{}, map[string]place{}
 	for _, h := range s.Config.Hosts {
 		name := protocol.NormalizeName(h.Name)
 		if strings.Contains(h.Address, "/") {
@@ -69,13 +70,12 @@ func (s *snapshot) addRoutes() error {
 		}
 		address := strings.Trim(h.Address, "[]")
 		if suffix, ok := protocol.WildcardSuffix(name); ok {
-			s.wildcards[suffix] = address
+			s.wildcards[suffix] = place{address, address != ""}
 		} else {
-			s.hosts[name] = address
+			s.hosts[name] = place{cmp.Or(address, name), true}
 		}
 		s.registration.Hosts = append(s.registration.Hosts, name)
 	}
-	dialer := &net.Dialer{Timeout: 30 * time.Second}
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
 	if s.TLS != nil {
 		config = s.TLS.Clone()
@@ -83,14 +83,7 @@ func (s *snapshot) addRoutes() error {
 	s.ports = &http.Transport{
 		// No Proxy: what the environment says is for the way out, not for the
 		// exporter next door.
-		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			name, port := protocol.SplitAuthority(addr)
-			host, ok := s.address(name)
-			if !ok {
-				return nil, fmt.Errorf("no address for %q", name)
-			}
-			return dialer.DialContext(ctx, network, net.JoinHostPort(host, port))
-		},
+		DialContext:         s.dialPort,
 		TLSClientConfig:     config,
 		TLSHandshakeTimeout: 10 * time.Second,
 		DisableCompression:  true,
@@ -99,25 +92,44 @@ func (s *snapshot) addRoutes() error {
 		MaxIdleConns:        512,
 		IdleConnTimeout:     5 * time.Minute,
 		ReadBufferSize:      16 << 10,
+		// More is refused below; a response with less may end in good order.
+		MaxResponseHeaderBytes: maxTargetHead,
 	}
 	return nil
 }
 
+// place is where a name is to be reached.
+type place struct {
+	host    string // "" for a wildcard: the name itself
+	literal bool   // the operator wrote host down, and not the scraper
+}
+
 // address returns where a name of the own host, or of a host that the agent
 // answers for, is to be reached.
-func (s *snapshot) address(name string) (address string, ok bool) {
+func (s *snapshot) address(name string) (to place, ok bool) {
 	if name == s.name {
-		return s.LocalHost, true
+		return place{s.LocalHost, true}, true
 	}
-	if address, ok := s.hosts[name]; ok {
-		return cmp.Or(address, name), true
+	if to, ok := s.hosts[name]; ok {
+		return to, true
 	}
 	for suffix := range protocol.Suffixes(name) {
-		if address, ok := s.wildcards[suffix]; ok {
-			return cmp.Or(address, name), true
+		if to, ok := s.wildcards[suffix]; ok {
+			to.host = cmp.Or(to.host, name)
+			return to, true
 		}
 	}
-	return "", false
+	return place{}, false
+}
+
+// dialPort connects to the port of a name that the agent answers for.
+func (s *snapshot) dialPort(ctx context.Context, network, addr string) (net.Conn, error) {
+	name, port := protocol.SplitAuthority(addr)
+	to, ok := s.address(name)
+	if !ok {
+		return nil, fmt.Errorf("no address for %q", name)
+	}
+	return s.guard.dial(ctx, network, to.host, port, to.literal)
 }
 
 // named returns the target that name stands for: TARGET.NAME. An exact host wins

@@ -2,14 +2,19 @@ package agent
 
 import (
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"strings"
 	"sync"
 	"time"
+
+	"github.com/alecthomas/units"
 
 	"github.com/culvert-io/culvert/protocol"
 )
@@ -17,6 +22,13 @@ import (
 // connectIdle ends a CONNECT tunnel that nothing goes through. The proxy's
 // --connect.idle-timeout comes first.
 const connectIdle = 10 * time.Minute
+
+// placeWait is how long a scrape waits for a place, where MaxConcurrent run already.
+const placeWait = time.Second
+
+// maxTargetHead bounds the header of a target's response, in bytes. A proxy takes 64 KiB
+// of a response's head, and the agent's own fields are in it too.
+const maxTargetHead = 60 << 10
 
 // sessionHandler serves what comes through one session.
 type sessionHandler struct {
@@ -67,10 +79,15 @@ func (h *sessionHandler) control(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-const outcomeOK, outcomeCancelled = "ok", "cancelled"
+const outcomeOK, outcomeCancelled, outcomeTooLong = "ok", "cancelled", "too-long"
 
 // scrape answers a request in absolute form.
 func (s *snapshot) scrape(w http.ResponseWriter, r *http.Request) (kind, outcome string) {
+	for name := range r.Header { // what is between scraper and proxy; "Proxy" is for CGI programs to trip over
+		if name == "Proxy" || strings.HasPrefix(name, "Proxy-") {
+			delete(r.Header, name)
+		}
+	}
 	if r.URL.Host == "" || (r.URL.Scheme != "http" && r.URL.Scheme != "https") {
 		return "other", refuse(w, protocol.Refusef(http.StatusBadRequest, protocol.CodeBadRequest,
 			"agent %q: %q is not an http or https URL", s.name, r.RequestURI))
@@ -84,13 +101,16 @@ func (s *snapshot) scrape(w http.ResponseWriter, r *http.Request) (kind, outcome
 		if refusal := t.refuses(s, r, port); refusal != nil {
 			return "target", refuse(w, refusal)
 		}
+		if !s.agent.scrapes.take(r.Context(), placeWait) {
+			return "target", s.busy(w, r)
+		}
+		defer s.agent.scrapes.give()
 		if t.handler != nil {
 			return "target", s.serveLocally(t.handler, w, r)
 		}
 		return "target", s.forward(w, r, t, t.resolve(r), t.owned, "target \""+targetName+"\"")
 	}
-	_, ok := s.address(name)
-	if !ok {
+	if _, ok := s.address(name); !ok {
 		return "other", refuse(w, s.mismatch(name))
 	}
 	if port == "" {
@@ -99,6 +119,10 @@ func (s *snapshot) scrape(w http.ResponseWriter, r *http.Request) (kind, outcome
 	if refusal := s.allowed(name, port); refusal != nil {
 		return "port", refuse(w, refusal)
 	}
+	if !s.agent.scrapes.take(r.Context(), placeWait) {
+		return "port", s.busy(w, r)
+	}
+	defer s.agent.scrapes.give()
 	u := *r.URL
 	u.Host, u.User = net.JoinHostPort(name, port), nil
 	return "port", s.forward(w, r, s.ports, &u, nil, "port "+port+" of \""+name+"\"")
@@ -110,7 +134,24 @@ func (s *snapshot) scrapeSelf(w http.ResponseWriter, r *http.Request, port strin
 	if refusal := self.refuses(s, r, port); refusal != nil {
 		return refuse(w, refusal)
 	}
+	if !s.agent.scrapes.take(r.Context(), placeWait) {
+		return s.busy(w, r)
+	}
+	defer s.agent.scrapes.give()
 	return s.serveLocally(s.self, w, r)
+}
+
+// busy answers a scrape that got no place.
+func (s *snapshot) busy(w http.ResponseWriter, r *http.Request) string {
+	if r.Context().Err() != nil {
+		return outcomeCancelled
+	}
+	what, flag, most := "scrapes running", "--scrape.max-concurrent", s.agent.scrapes.limit()
+	if r.Method == http.MethodConnect {
+		what, flag, most = "CONNECT tunnels open", "--connect.max-concurrent", s.agent.tunnels.limit()
+	}
+	return refuse(w, protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy,
+		"agent %q has %d %s (%s), and none ended within %s; are its targets slow, or its scrapers too many?", s.name, most, what, flag, placeWait))
 }
 
 // serveLocally hands a scrape to a handler of this process, as a request in
@@ -119,8 +160,6 @@ func (s *snapshot) serveLocally(h http.Handler, w http.ResponseWriter, r *http.R
 	local := r.Clone(r.Context())
 	local.URL.Scheme, local.URL.Host = "", ""
 	local.RequestURI = local.URL.RequestURI()
-	local.Header.Del("Proxy-Authorization")
-	local.Header.Del("Proxy-Connection")
 	local.Header.Del("Upgrade")
 	h.ServeHTTP(w, local)
 	return outcomeOK
@@ -128,8 +167,9 @@ func (s *snapshot) serveLocally(h http.Handler, w http.ResponseWriter, r *http.R
 
 // forward sends the request to u and the response back, without buffering it.
 func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.RoundTripper, u *url.URL, owned []string, what string) string {
-	outcome := outcomeOK
-	r.Header.Del("Upgrade") // ReverseProxy would pass an upgrade on
+	outcome, brokenOff := outcomeOK, false
+	r.Header.Del("Upgrade") // ReverseProxy would pass an upgrade on, and this
+	r.Header.Del("Te")
 	proxy := httputil.ReverseProxy{
 		Transport:  via,
 		BufferPool: protocol.Buffers,
@@ -151,7 +191,28 @@ func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.Roun
 			}
 			resp.Header.Del(protocol.HeaderError) // a target must not speak for the agent
 			resp.Header.Del(protocol.HeaderMessage)
-			resp.Body = &countedBody{ReadCloser: resp.Body, agent: s.agent, fill: resp.ContentLength > 0}
+			head := 0
+			for name, values := range resp.Header {
+				for _, value := range values {
+					head += len(name) + len(value) + len(": \r\n")
+				}
+			}
+			if head > maxTargetHead {
+				return protocol.Refusef(http.StatusBadGateway, protocol.CodeBadResponse, "%s of agent %q sent a header of %d bytes; at most %d are passed on", what, s.name, head, maxTargetHead)
+			}
+			body := &countedBody{ReadCloser: resp.Body, agent: s.agent, fill: resp.ContentLength > 0, left: math.MaxInt64}
+			if s.MaxBodySize > 0 {
+				if resp.ContentLength > s.MaxBodySize && resp.Body != http.NoBody {
+					return protocol.Refusef(http.StatusBadGateway, protocol.CodeBadResponse, "the response of %s of agent %q has %d bytes, more than --scrape.max-body-size=%s; raise that if they are meant",
+						what, s.name, resp.ContentLength, units.Base2Bytes(s.MaxBodySize))
+				}
+				body.left = s.MaxBodySize
+				body.long = func() {
+					brokenOff = true
+					s.agent.longResponse.log("A response was broken off", "of", what, "max_body_size", units.Base2Bytes(s.MaxBodySize))
+				}
+			}
+			resp.Body = body
 			return nil
 		},
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
@@ -170,26 +231,49 @@ func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.Roun
 		if p := recover(); p != nil {
 			// The body broke off half way, or nobody reads it any more.
 			if outcome == outcomeOK {
-				outcome = "broken"
-				if r.Context().Err() != nil {
+				switch {
+				case brokenOff:
+					outcome = outcomeTooLong
+				case r.Context().Err() != nil:
 					outcome = outcomeCancelled
+				default:
+					outcome = "broken"
 				}
 			}
 			s.agent.metrics.scrapes.WithLabelValues(outcome).Inc()
 			panic(p)
 		}
 	}()
-	proxy.ServeHTTP(w, r)
+	proxy.ServeHTTP(finalOnly{w}, r)
 	return outcome
 }
 
-// countedBody counts the bytes of response bodies. It fills the buffer where the
+// finalOnly drops interim responses: no scraper has a use for them, and a target could
+// send them without an end.
+type finalOnly struct{ http.ResponseWriter }
+
+func (w finalOnly) WriteHeader(status int) {
+	if status < 100 || status > 199 {
+		w.ResponseWriter.WriteHeader(status)
+	}
+}
+
+// Unwrap lets http.ResponseController find the rest.
+func (w finalOnly) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// errTooLong breaks a response off.
+var errTooLong = errors.New("the response is longer than --scrape.max-body-size")
+
+// countedBody counts the bytes of response bodies, and breaks off those that are too
+// long. It fills the buffer where the
 // length of the body is known: the pieces that the target's connection brings would
 // become small frames. Other bodies are passed on as they come.
 type countedBody struct {
 	io.ReadCloser
 	agent *Agent
 	fill  bool
+	left  int64  // that may still come
+	long  func() // is called where more does
 }
 
 func (b *countedBody) Read(p []byte) (n int, err error) {
@@ -202,6 +286,11 @@ func (b *countedBody) Read(p []byte) (n int, err error) {
 		}
 	}
 	b.agent.metrics.bytes.Add(float64(n))
+	if int64(n) > b.left {
+		n, err = int(b.left), errTooLong
+		b.long()
+	}
+	b.left -= int64(n)
 	return n, err
 }
 
@@ -212,17 +301,23 @@ func (s *snapshot) connect(w http.ResponseWriter, r *http.Request) string {
 		return refuse(w, protocol.Refusef(http.StatusForbidden, protocol.CodeNotAllowed,
 			"CONNECT goes to ports, and %q is a named target of agent %q: scrape it with scheme http, the agent holds its TLS", name, s.name))
 	}
-	host, ok := s.address(name)
-	if !ok {
+	if _, ok := s.address(name); !ok {
 		return refuse(w, s.mismatch(name))
 	}
 	if refusal := s.allowed(name, port); refusal != nil {
 		return refuse(w, refusal)
 	}
-	upstream, err := (&net.Dialer{Timeout: 30 * time.Second}).DialContext(r.Context(), "tcp", net.JoinHostPort(host, port))
+	if !s.agent.tunnels.take(r.Context(), placeWait) {
+		return s.busy(w, r)
+	}
+	defer s.agent.tunnels.give()
+	upstream, err := s.dialPort(r.Context(), "tcp", net.JoinHostPort(name, port))
 	if err != nil {
 		if r.Context().Err() != nil {
 			return outcomeCancelled
+		}
+		if refusal, ok := protocol.AsRefusal(err); ok {
+			return refuse(w, refusal)
 		}
 		return refuse(w, s.unreachable("port "+port+" of \""+name+"\"", err))
 	}

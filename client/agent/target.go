@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
@@ -25,7 +27,7 @@ type target struct {
 	owned     []string // header fields that the agent sets, and the scraper must not
 }
 
-func newTarget(c Target) (*target, error) {
+func newTarget(c Target, g *guard) (*target, error) {
 	t := &target{handler: c.Handler, declared: protocol.Target{
 		Name: strings.ToLower(c.Name), Path: "/metrics", Labels: c.Labels,
 	}}
@@ -80,7 +82,27 @@ func newTarget(c Target) (*target, error) {
 	if hc.HTTPHeaders != nil {
 		t.owned = slices.AppendSeq(t.owned, maps.Keys(hc.HTTPHeaders.Headers))
 	}
-	t.transport, err = config.NewRoundTripperFromConfig(hc, "culvert_client", config.WithHTTP2Disabled())
+	// The hosts that the operator wrote down; a token's endpoint may redirect elsewhere.
+	literal := map[string]bool{u.Hostname(): true}
+	if hc.ProxyURL.URL != nil {
+		literal[hc.ProxyURL.Hostname()] = true
+	}
+	if hc.OAuth2 != nil {
+		if token, err := url.Parse(hc.OAuth2.TokenURL); err == nil {
+			literal[token.Hostname()] = true
+		}
+		if hc.OAuth2.ProxyURL.URL != nil {
+			literal[hc.OAuth2.ProxyURL.Hostname()] = true
+		}
+	}
+	t.transport, err = config.NewRoundTripperFromConfig(hc, "culvert_client", config.WithHTTP2Disabled(),
+		config.WithDialContextFunc(func(ctx context.Context, network, addr string) (net.Conn, error) {
+			host, port, err := net.SplitHostPort(addr)
+			if err != nil {
+				return nil, err
+			}
+			return g.dial(ctx, network, host, port, literal[host])
+		}))
 	return t, err
 }
 

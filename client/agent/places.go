@@ -1,0 +1,77 @@
+package agent
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+)
+
+// places bounds how many of something run at a time. Who waits longest comes first.
+type places struct {
+	mu      sync.Mutex // protects what follows
+	most    int        // 0 or less: no limit
+	taken   int
+	waiting []chan struct{} // closed with the place
+}
+
+// resize changes the limit; what runs goes on.
+func (p *places) resize(most int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.most = most
+	p.hand()
+}
+
+// limit returns the limit, 0 where there is none.
+func (p *places) limit() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return max(p.most, 0)
+}
+
+// take waits for a place, for at most as long as given. Who got one gives it back.
+func (p *places) take(ctx context.Context, wait time.Duration) bool {
+	p.mu.Lock()
+	mine := make(chan struct{})
+	p.waiting = append(p.waiting, mine)
+	p.hand()
+	p.mu.Unlock()
+	select {
+	case <-mine:
+		return true
+	default:
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-mine:
+		return true
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if i := slices.Index(p.waiting, mine); i >= 0 {
+		p.waiting = slices.Delete(p.waiting, i, i+1)
+		return false
+	}
+	return true // it came at the last moment
+}
+
+// give gives a place back.
+func (p *places) give() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.taken--
+	p.hand()
+}
+
+// hand gives free places to those who wait. It is called with mu held.
+func (p *places) hand() {
+	for len(p.waiting) > 0 && (p.most <= 0 || p.taken < p.most) {
+		p.taken++
+		close(p.waiting[0])
+		p.waiting = slices.Delete(p.waiting, 0, 1)
+	}
+}
