@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -8,6 +9,7 @@ import (
 	"math"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/http/httputil"
 	"net/url"
 	"strings"
@@ -171,11 +173,12 @@ func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.Roun
 	r.Header.Del("Upgrade") // ReverseProxy would pass an upgrade on, and this
 	r.Header.Del("Te")
 	proxy := httputil.ReverseProxy{
-		Transport:  via,
+		Transport:  finalOnly{via},
 		BufferPool: protocol.Buffers,
 		ErrorLog:   slog.NewLogLogger(s.Logger.Handler(), slog.LevelDebug),
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			pr.Out.URL = u
+			pr.Out.Trailer = nil
 			if via == http.RoundTripper(s.ports) {
 				pr.Out.Host = r.Host
 			} else {
@@ -188,6 +191,9 @@ func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.Roun
 		ModifyResponse: func(resp *http.Response) error {
 			if resp.StatusCode == http.StatusSwitchingProtocols {
 				return protocol.Refusef(http.StatusBadGateway, protocol.CodeTargetUnreachable, "%s switched protocols without being asked", what)
+			}
+			if resp.StatusCode < 200 || resp.StatusCode > 599 {
+				return protocol.Refusef(http.StatusBadGateway, protocol.CodeBadResponse, "%s of agent %q sent the status %d, which is none", what, s.name, resp.StatusCode)
 			}
 			resp.Header.Del(protocol.HeaderError) // a target must not speak for the agent
 			resp.Header.Del(protocol.HeaderMessage)
@@ -244,22 +250,29 @@ func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.Roun
 			panic(p)
 		}
 	}()
-	proxy.ServeHTTP(finalOnly{w}, r)
+	proxy.ServeHTTP(w, r)
 	return outcome
 }
 
-// finalOnly drops interim responses: no scraper has a use for them, and a target could
-// send them without an end.
-type finalOnly struct{ http.ResponseWriter }
+// finalOnly drops interim responses: no scraper has a use for them. ReverseProxy leaves a
+// hook for them in the request's context, and with that http.Transport takes any number;
+// without, it takes five.
+type finalOnly struct{ http.RoundTripper }
 
-func (w finalOnly) WriteHeader(status int) {
-	if status < 100 || status > 199 {
-		w.ResponseWriter.WriteHeader(status)
-	}
+func (t finalOnly) RoundTrip(r *http.Request) (*http.Response, error) {
+	return t.RoundTripper.RoundTrip(r.WithContext(untraced{r.Context()}))
 }
 
-// Unwrap lets http.ResponseController find the rest.
-func (w finalOnly) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+// untraced is a context without hooks.
+type untraced struct{ context.Context }
+
+func (c untraced) Value(key any) any {
+	value := c.Context.Value(key)
+	if _, ok := value.(*httptrace.ClientTrace); ok {
+		return nil
+	}
+	return value
+}
 
 // errTooLong breaks a response off.
 var errTooLong = errors.New("the response is longer than --scrape.max-body-size")
