@@ -193,7 +193,9 @@ func (l *link) serve(ctx context.Context, session *protocol.Session, snap *snaps
 	server := &http.Server{
 		Handler:           handler,
 		ReadHeaderTimeout: 10 * time.Second,
-		ErrorLog:          slog.NewLogLogger(l.logger().Handler(), slog.LevelDebug),
+		// "OPTIONS *" is a scrape of nothing like any other.
+		DisableGeneralOptionsHandler: true,
+		ErrorLog:                     slog.NewLogLogger(l.logger().Handler(), slog.LevelDebug),
 	}
 	l.agent.tasks.Go(func() { server.Serve(session.Listener()) })
 	l.setSession(session)

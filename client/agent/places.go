@@ -33,15 +33,14 @@ func (p *places) limit() int {
 // take waits for a place, for at most as long as given. Who got one gives it back.
 func (p *places) take(ctx context.Context, wait time.Duration) bool {
 	p.mu.Lock()
+	if p.free() && len(p.waiting) == 0 {
+		p.taken++
+		p.mu.Unlock()
+		return true
+	}
 	mine := make(chan struct{})
 	p.waiting = append(p.waiting, mine)
-	p.hand()
 	p.mu.Unlock()
-	select {
-	case <-mine:
-		return true
-	default:
-	}
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	select {
@@ -67,9 +66,12 @@ func (p *places) give() {
 	p.hand()
 }
 
+// free is called with mu held.
+func (p *places) free() bool { return p.most <= 0 || p.taken < p.most }
+
 // hand gives free places to those who wait. It is called with mu held.
 func (p *places) hand() {
-	for len(p.waiting) > 0 && (p.most <= 0 || p.taken < p.most) {
+	for len(p.waiting) > 0 && p.free() {
 		p.taken++
 		close(p.waiting[0])
 		p.waiting = slices.Delete(p.waiting, 0, 1)
