@@ -218,6 +218,22 @@ func TestAddressesMeant(t *testing.T) {
 	}
 }
 
+// TestOwnNameLeadsAstray: --scrape.local-host may be a name, which may lead to this
+// host's loopback, and nowhere else that other names may not.
+func TestOwnNameLeadsAstray(t *testing.T) {
+	t.Parallel()
+	p := newProxy(t, nil)
+	addName("local.astray.test", "169.254.169.254")
+	newAgent(t, p, func(c *agent.Config) {
+		c.LocalHost = "local.astray.test"
+		c.Allow = []agent.PortRange{{First: 1, Last: 65535}}
+	})
+	p.want("http://web-1:80/latest/meta-data", 403, "--scrape.allow-address=169.254.169.254")
+	if line := p.connect(t, "web-1:80"); !strings.HasPrefix(line, "HTTP/1.1 403 not-allowed: ") {
+		t.Error(line)
+	}
+}
+
 // TestRebinding: a name that leads to another address each time it is asked for. What is
 // looked at and what is connected to is the same.
 func TestRebinding(t *testing.T) {

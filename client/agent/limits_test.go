@@ -55,12 +55,14 @@ func TestMaxConcurrent(t *testing.T) {
 	for range 3 {
 		received(t, target.started, "a scrape")
 	}
+	var waiting sync.WaitGroup
 	for _, p := range []*testProxy{left, right} {
 		for _, scrape := range []string{"http://node.web-1/metrics", "http://web-1:" + port + "/metrics", "http://app.web-1/metrics", "http://agent.web-1/metrics"} {
-			p.want(scrape, 429, `agent "web-1" has 3 scrapes running (--scrape.max-concurrent)`)
+			waiting.Go(func() { p.want(scrape, 429, `agent "web-1" has 3 scrapes running (--scrape.max-concurrent)`) })
 		}
 		p.want("http://node.web-1/other", 403, "/metrics") // at once
 	}
+	waiting.Wait()
 	if len(target.started) != 0 {
 		t.Error("a scrape beyond the limit reached the target")
 	}
