@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math"
@@ -11,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/http/httputil"
+	"net/textproto"
 	"net/url"
 	"strings"
 	"sync"
@@ -254,22 +256,34 @@ func (s *snapshot) forward(w http.ResponseWriter, r *http.Request, via http.Roun
 	return outcome
 }
 
-// finalOnly drops interim responses: no scraper has a use for them. ReverseProxy leaves a
-// hook for them in the request's context, and with that http.Transport takes any number;
-// without, it takes five.
+// maxInterim is how many interim responses a target may send before its response.
+const maxInterim = 10
+
+// finalOnly drops interim responses: no scraper has a use for them, and a target could
+// send them without an end.
 type finalOnly struct{ http.RoundTripper }
 
 func (t finalOnly) RoundTrip(r *http.Request) (*http.Response, error) {
-	return t.RoundTripper.RoundTrip(r.WithContext(untraced{r.Context()}))
+	n := 0
+	hook := &httptrace.ClientTrace{Got1xxResponse: func(int, textproto.MIMEHeader) error {
+		if n++; n > maxInterim {
+			return fmt.Errorf("more than %d interim responses came", maxInterim)
+		}
+		return nil
+	}}
+	return t.RoundTripper.RoundTrip(r.WithContext(hooked{r.Context(), hook}))
 }
 
-// untraced is a context without hooks.
-type untraced struct{ context.Context }
+// hooked is a context with a hook in place of the one that ReverseProxy leaves there.
+type hooked struct {
+	context.Context
+	hook *httptrace.ClientTrace
+}
 
-func (c untraced) Value(key any) any {
+func (c hooked) Value(key any) any {
 	value := c.Context.Value(key)
 	if _, ok := value.(*httptrace.ClientTrace); ok {
-		return nil
+		return c.hook
 	}
 	return value
 }
