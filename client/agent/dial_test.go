@@ -114,7 +114,7 @@ func TestNamesLeadAstray(t *testing.T) {
 			fmt.Sprintf("http://n%d.astray.test:9100/metrics", i), fmt.Sprintf("http://alias%d.test:9100/metrics", i),
 			fmt.Sprintf("http://w%d.wild.test:80/metrics", i), fmt.Sprintf("https://n%d.astray.test:9100/metrics", i), fmt.Sprintf("http://t%d.web-1/metrics", i),
 		} {
-			code, body := p.get2(t, target)
+			code, body := p.getRaw(t, target)
 			if code != 403 || !strings.Contains(body, flag+"\n") {
 				t.Errorf("%s, which leads to %s: %d %q, want 403 with %s", target, address, code, body, flag)
 			}
@@ -131,8 +131,8 @@ func TestNamesLeadAstray(t *testing.T) {
 	}
 }
 
-// get2 is get for schemes that a client would use CONNECT for.
-func (p *testProxy) get2(t *testing.T, target string) (int, string) {
+// getRaw is get in absolute form whatever the scheme: for https a client would use CONNECT.
+func (p *testProxy) getRaw(t *testing.T, target string) (int, string) {
 	t.Helper()
 	u, err := url.Parse(target)
 	if err != nil {
