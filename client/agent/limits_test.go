@@ -58,7 +58,7 @@ func TestMaxConcurrent(t *testing.T) {
 	var waiting sync.WaitGroup
 	for _, p := range []*testProxy{left, right} {
 		for _, scrape := range []string{"http://node.web-1/metrics", "http://web-1:" + port + "/metrics", "http://app.web-1/metrics", "http://agent.web-1/metrics"} {
-			waiting.Go(func() { p.want(scrape, 429, `agent "web-1" has 3 scrapes running (--scrape.max-concurrent)`) })
+			waiting.Go(func() { p.want(scrape, 429, `agent "web-1" has 3 scrapes running (--scrape.max-concurrent of the agent)`) })
 		}
 		p.want("http://node.web-1/other", 403, "/metrics") // at once
 	}
@@ -109,7 +109,7 @@ func TestMaxTunnels(t *testing.T) {
 		}
 		open = append(open, conn)
 	}
-	if line := p.connect(t, "web-1:"+port); !strings.HasPrefix(line, "HTTP/1.1 429 agent-busy: ") || !strings.Contains(line, "2 CONNECT tunnels open (--connect.max-concurrent)") {
+	if line := p.connect(t, "web-1:"+port); !strings.HasPrefix(line, "HTTP/1.1 429 agent-busy: ") || !strings.Contains(line, "2 CONNECT tunnels open (--connect.max-concurrent of the agent)") {
 		t.Error(line)
 	}
 	p.want("http://web-1:"+port+"/metrics", 200, "up 1")

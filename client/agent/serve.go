@@ -155,7 +155,7 @@ func (s *snapshot) busy(w http.ResponseWriter, r *http.Request) string {
 		what, flag, most = "CONNECT tunnels open", "--connect.max-concurrent", s.agent.tunnels.limit()
 	}
 	return refuse(w, protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy,
-		"agent %q has %d %s (%s), and none ended within %s; are its targets slow, or its scrapers too many?", s.name, most, what, flag, placeWait))
+		"agent %q has %d %s (%s of the agent), and none ended within %s; are its targets slow, or its scrapers too many?", s.name, most, what, flag, placeWait))
 }
 
 // serveLocally hands a scrape to a handler of this process, as a request in
