@@ -36,6 +36,12 @@ type Backend interface {
 	Close() error
 }
 
+// InTurn is a Backend that may ask for changes in turn: a change is made when all that
+// came before it are stored, not while they are.
+type InTurn interface {
+	InTurn() bool
+}
+
 // Change is the new state of one group.
 type Change struct {
 	ID     string  // Key.ID of the group

@@ -31,72 +31,126 @@ const (
 	// smallBody is up to which size in bytes bodies are read without asking for
 	// memory, and in which steps larger ones ask.
 	smallBody = 1 << 20
+	// tinyBody is up to which size in bytes pushes may wait for the store without a
+	// place for parsing: as many as the store lets wait.
+	tinyBody = 64 << 10
 	// readPause is how long a client may send nothing.
 	readPause = 30 * time.Second
 	// maxRead is how long a whole body may take.
 	maxRead = 10 * time.Minute
 )
 
-// readBody reads the body of a push, which what names, and takes a place for
-// parsing it. done gives back what it holds, the body too.
-func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, what func() string) (content []byte, done func(), err error) {
-	var release []func()
-	finish := func() {
-		for _, f := range slices.Backward(release) {
-			f()
-		}
+// pushBody is the body of a push, with what that holds until release.
+type pushBody struct {
+	gateway *Gateway
+	content []byte
+	buf     *bytes.Buffer
+	close   func()        // of the decompressor
+	memory  int64         // taken of Gateway.memory
+	place   chan struct{} // for parsing, nil: none
+}
+
+// enter takes a place for parsing, if the body has none. It waits for one as long as a
+// change would wait.
+func (b *pushBody) enter(r *http.Request) error {
+	if b.place != nil {
+		return nil
 	}
+	places := b.gateway.parsing
+	if len(b.content) > smallBody {
+		places = b.gateway.parsingLarge
+	}
+	select {
+	case places <- struct{}{}:
+		b.place = places
+		return nil
+	default:
+	}
+	timer := time.NewTimer(queueWait)
+	defer timer.Stop()
+	select {
+	case places <- struct{}{}:
+		b.place = places
+		return nil
+	case <-timer.C:
+		return fmt.Errorf("%w: other pushes are being read; try again later", ErrBusy)
+	case <-r.Context().Done():
+		return r.Context().Err()
+	}
+}
+
+// parsed gives the place for parsing back, if what was made of the body is small enough
+// to wait in a crowd.
+func (b *pushBody) parsed() {
+	if len(b.content) <= tinyBody {
+		b.leave()
+	}
+}
+
+func (b *pushBody) leave() {
+	if b.place != nil {
+		<-b.place
+		b.place = nil
+	}
+}
+
+// release gives back what the body holds, its content too.
+func (b *pushBody) release() {
+	b.leave()
+	if b.memory > 0 {
+		b.gateway.memory.Release(b.memory)
+	}
+	if b.buf != nil && b.buf.Cap() <= smallBody {
+		buffers.Put(b.buf)
+	}
+	if b.close != nil {
+		b.close()
+	}
+	b.content, b.buf, b.memory, b.close = nil, nil, 0, nil
+}
+
+// readBody reads the body of a push, which what names, and takes a place for parsing it.
+// It is to be released if there is no error.
+func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, what func() string) (b pushBody, err error) {
+	b.gateway = g
 	defer func() {
 		if err != nil {
-			finish()
+			b.release()
 		}
 		if errors.Is(err, ErrBodyTooLarge) {
 			err = fmt.Errorf("%w: %s may have %d bytes, decompressed too (--push.max-body-size)", ErrBodyTooLarge, what(), g.config.MaxBodySize)
 		}
 	}()
 	if r.ContentLength > g.config.MaxBodySize {
-		return nil, nil, ErrBodyTooLarge
+		return b, ErrBodyTooLarge
 	}
 	sent := &patientReader{body: r.Body, conn: http.NewResponseController(w), end: time.Now().Add(maxRead)}
 	defer sent.stop()
 	body, closeBody, err := decompress(&limitedReader{r: sent, left: g.config.MaxBodySize}, r.Header.Get("Content-Encoding"), g.config.MaxBodySize)
 	if err != nil {
-		return nil, nil, bodyError(what, sent, err)
+		return b, bodyError(what, sent, err)
 	}
-	release = append(release, closeBody)
-	buf := buffers.Get().(*bytes.Buffer)
-	buf.Reset()
-	release = append(release, func() {
-		if buf.Cap() <= smallBody {
-			buffers.Put(buf)
-		}
-	})
+	b.close = closeBody
+	b.buf = buffers.Get().(*bytes.Buffer)
+	b.buf.Reset()
 	if n := r.ContentLength; n > 0 && n <= smallBody {
-		buf.Grow(int(n) + bytes.MinRead) // what ReadFrom wants to have left at the end
+		b.buf.Grow(int(n) + bytes.MinRead) // what ReadFrom wants to have left at the end
 	}
 	// Who sends slowly holds no more memory than what has come.
-	for size := int64(0); int64(buf.Len()) == size; size += smallBody {
+	for size := int64(0); int64(b.buf.Len()) == size; size += smallBody {
 		if size > 0 {
 			if err := g.takeMemory(r); err != nil {
-				return nil, nil, err
+				return b, err
 			}
-			release = append(release, func() { g.memory.Release(smallBody) })
+			b.memory += smallBody
 		}
-		if _, err := buf.ReadFrom(io.LimitReader(body, smallBody)); err != nil {
-			return nil, nil, bodyError(what, sent, err)
+		if _, err := b.buf.ReadFrom(io.LimitReader(body, smallBody)); err != nil {
+			return b, bodyError(what, sent, err)
 		}
 	}
-	g.metrics.size.Observe(float64(buf.Len()))
-	places := g.parsing
-	if buf.Len() > smallBody {
-		places = g.parsingLarge
-	}
-	leave, err := enter(r, places)
-	if err != nil {
-		return nil, nil, err
-	}
-	release = append(release, leave)
-	return buf.Bytes(), finish, nil
+	b.content = b.buf.Bytes()
+	g.metrics.size.Observe(float64(len(b.content)))
+	return b, b.enter(r)
 }
 
 // takeMemory takes smallBody bytes of what the bodies of large pushes may have.
@@ -120,25 +174,6 @@ func bodyError(what func() string, sent *patientReader, err error) error {
 		return fmt.Errorf("the body of %s did not come in time: %w", what(), sent.timeout)
 	}
 	return badRequest{fmt.Errorf("the body of %s: %w", what(), err)}
-}
-
-// enter takes a place; it waits for one as long as a change would wait.
-func enter(r *http.Request, places chan struct{}) (leave func(), err error) {
-	select {
-	case places <- struct{}{}:
-		return func() { <-places }, nil
-	default:
-	}
-	timer := time.NewTimer(queueWait)
-	defer timer.Stop()
-	select {
-	case places <- struct{}{}:
-		return func() { <-places }, nil
-	case <-timer.C:
-		return nil, fmt.Errorf("%w: other pushes are being read; try again later", ErrBusy)
-	case <-r.Context().Done():
-		return nil, r.Context().Err()
-	}
 }
 
 // patientReader reads a body whose sender may pause, but not for ever.

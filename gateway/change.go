@@ -9,16 +9,16 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// change is what one request wants of the writer: some edits, of which all are
+// change is what one request wants of the store: some edits, of which all are
 // made or none; or a deletion of groups by their keys; or new lifetimes.
 type change struct {
 	id        pushID // of the edits
-	repeated  bool   // they were made before; valid once reply has come
+	repeated  bool   // they were made before
 	edits     []edit
 	match     func(Key) bool
-	matched   []Key // the answer to match, valid once reply has come
+	matched   []Key // the answer to match
 	lifetimes func(Key) Lifetime
-	reply     chan error // buffered
+	result    error // as repeated and matched it is valid once its batch is done
 }
 
 // pushes reports whether the change brings anything.

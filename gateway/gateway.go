@@ -58,7 +58,7 @@ type Gateway struct {
 
 	// memory is what bodies of more than smallBody may have together.
 	memory *semaphore.Weighted
-	// Parsing takes many times the memory of the body, so it takes a place.
+	// Parsing takes many times the memory of the body, so it takes a place: see pushBody.
 	parsing, parsingLarge chan struct{}
 }
 
@@ -151,19 +151,24 @@ func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string)
 			return badRequest{err}
 		}
 		what := func() string { return "the push to " + key.String() }
-		body, done, err := g.readBody(w, r, what)
+		read, err := g.readBody(w, r, what)
 		if err != nil {
 			return err
 		}
-		defer done()
+		defer read.release()
+		body := read.content
 		e.key = key
 		g.received(&e)
 		format := formatOf(r.Header.Get("Content-Type"))
 		if format == formatText && e.aggregate == nil {
 			e.layout, e.values = layoutOf(body)
 			if g.store.hasLayout(key, e.layout) {
+				read.parsed()
 				err := g.do(w, r, &change{id: id, edits: []edit{e}})
 				if err != errNewLayout {
+					return err
+				}
+				if err := read.enter(r); err != nil {
 					return err
 				}
 			}
@@ -182,6 +187,7 @@ func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string)
 			e.pushed, e.reasons = prepare(key, families, unixNano(e.at))
 		}
 		g.refuseOwn(&e)
+		read.parsed()
 		return g.do(w, r, &change{id: id, edits: []edit{e}})
 	})
 }
@@ -250,13 +256,13 @@ func (g *Gateway) ServeBatch(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			return badRequest{err}
 		}
-		body, done, err := g.readBody(w, r, func() string { return "the push" })
+		body, err := g.readBody(w, r, func() string { return "the push" })
 		if err != nil {
 			return err
 		}
-		defer done()
+		defer body.release()
 		g.received(&template)
-		families, err := formatOf(r.Header.Get("Content-Type")).parse(body)
+		families, err := formatOf(r.Header.Get("Content-Type")).parse(body.content)
 		if err != nil {
 			return badRequest{fmt.Errorf("the body of the push: %w", err)}
 		}

@@ -112,11 +112,11 @@ func (s *Store) schedule(g *group) {
 	}
 }
 
-// expire makes the changes whose time has come.
+// expire makes the changes whose time has come, in a batch of their own. It is called
+// with mu held.
 func (s *Store) expire() {
 	now := s.config.Now()
 	var steps []step
-	s.mu.Lock()
 	for len(s.deadlines) > 0 && !s.deadlines[0].deadline.After(now) {
 		g := heap.Pop(&s.deadlines).(*group)
 		if st := s.age(g, now); st != nil {
@@ -124,11 +124,10 @@ func (s *Store) expire() {
 		}
 		s.schedule(g)
 	}
-	forgotten := s.spools.silentSince(now.Add(-max(s.config.ForgetAfter, minForgetSpools)))
-	s.mu.Unlock()
-	// What expired stays expired in memory where this fails; after a restart it
-	// expires again.
-	_ = s.store(steps, forgotten)
+	gone := s.spools.silentSince(now.Add(-max(s.config.ForgetAfter, minForgetSpools)))
+	if len(steps) > 0 || len(gone) > 0 {
+		s.batches = append(s.batches, &batch{steps: steps, gone: gone, aging: true, sealed: true, done: make(chan struct{})})
+	}
 }
 
 // age brings a group to the state of now. It returns nil where nothing is to be

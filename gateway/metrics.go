@@ -48,7 +48,7 @@ func newMetrics(registerer prometheus.Registerer, s *Store) *metrics {
 	registerer.MustRegister(m.requests, m.duration, m.size,
 		gauge("push_groups", "Groups in the push store.", func() float64 { return float64(s.Len()) }),
 		gauge("push_spools", "Spools that are known, so that none of their pushes is made twice. Near 100,000 the one that was silent for longest is forgotten.", func() float64 { return float64(s.Spools()) }),
-		gauge("push_queue_length", "Changes that wait to be written. Near 1000 pushes are refused.", func() float64 { return float64(len(s.queue)) }),
+		gauge("push_queue_length", "Changes that wait to be written. Near 1000 pushes are refused.", func() float64 { return float64(s.waiting()) }),
 		counter("push_groups_expired_total", "Groups whose TTL passed.", func() float64 { return float64(s.stats.expired.Load()) }),
 		counter("push_store_writes_total", "Writes of the push store; one write stores all pushes that wait.", func() float64 { return float64(s.stats.writes.Load()) }),
 		counter("push_store_failed_writes_total", "Writes of the push store that failed.", func() float64 { return float64(s.stats.failedWrites.Load()) }),

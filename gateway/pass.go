@@ -69,13 +69,13 @@ func (g *Gateway) pass(w http.ResponseWriter, r *http.Request, to Pass, what fun
 		io.Reader
 		io.Closer
 	}{io.TeeReader(r.Body, &sent), r.Body}
-	body, done, err := g.readBody(w, r, what)
+	body, err := g.readBody(w, r, what)
 	if err != nil {
 		return err
 	}
-	defer done()
+	defer body.release()
 	g.received(&e)
-	if err := checkParts(r, body, to, what, split); err != nil {
+	if err := checkParts(r, body.content, to, what, split); err != nil {
 		return err
 	}
 	return to.Take(e.at, sent.Bytes())

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	dto "github.com/prometheus/client_model/go"
+	"golang.org/x/sync/semaphore"
 )
 
 // Errors of the store.
@@ -83,7 +85,7 @@ type group struct {
 	slot      int32 // in the index
 	state
 
-	// The place in the store's heap of deadlines, -1: none. Of the writer only.
+	// The place in the store's heap of deadlines, -1: none.
 	deadline      time.Time
 	deadlineIndex int
 }
@@ -98,24 +100,40 @@ type state struct {
 	image          *image   // of the pushed families and the generated ones
 }
 
-// Store holds the groups. One goroutine makes all changes, in the order in which
-// they came, and stores all that waits together.
+// Store holds the groups. A change is made in memory as it comes, and is answered when
+// it is stored: one goroutine, Run's, stores all that came while it stored what came
+// before. Where that fails, what waits was made of what is not there now: all of it is
+// undone, the latest first.
 type Store struct {
 	config  StoreConfig
 	backend Backend
-	queue   chan *change
-	done    chan struct{}
+	inTurn  bool                // Backend is InTurn
+	places  *semaphore.Weighted // of the changes that wait to be stored
+	wake    chan struct{}       // has one where Run rests and something waits
 
-	mu sync.RWMutex // protects index and spools; only the writer changes them
+	mu sync.RWMutex // protects what follows, and all groups
 	index
-	spools spools
-
-	// Of the writer only.
+	spools    spools // changed by Run only
 	lifetimes func(Key) Lifetime
 	deadlines deadlines
+	batches   []*batch // that are not stored, in their order; Run is at the first
+	resting   bool     // Run waits for wake
+	closed    bool     // no more changes are taken
 
 	failure atomic.Pointer[error] // of the last write, nil: it succeeded
+	probeAt time.Time             // when to try again, of Run only
 	stats   stats
+}
+
+// batch is changes that are stored together.
+type batch struct {
+	changes []*change
+	steps   []step          // what was made of them
+	noted   map[string]Mark // with them
+	gone    []Mark          // of spools that are forgotten
+	aging   bool            // the steps are of time, not of changes
+	sealed  bool            // it takes no more changes
+	done    chan struct{}   // closed when all of them have their results
 }
 
 // stats are for metrics.
@@ -128,7 +146,7 @@ const (
 	queueSize = 1000
 	// maxBatch bounds the changes that are stored together.
 	maxBatch = 256
-	// queueWait is how long a change waits for a place in the queue.
+	// queueWait is how long a change waits for a place among those that wait.
 	queueWait = 5 * time.Second
 	// probeEvery is the time between tries to write after a failure.
 	probeEvery = 5 * time.Second
@@ -152,8 +170,11 @@ func OpenStore(config StoreConfig, backend Backend) (*Store, error) {
 		config.Lifetimes = func(Key) Lifetime { return Lifetime{} }
 	}
 	s := &Store{
-		config: config, backend: backend, queue: make(chan *change, queueSize), done: make(chan struct{}),
+		config: config, backend: backend, places: semaphore.NewWeighted(queueSize), wake: make(chan struct{}, 1),
 		index: newIndex(config.Logger), spools: newSpools(config.MaxSpools), lifetimes: config.Lifetimes,
+	}
+	if b, ok := backend.(InTurn); ok {
+		s.inTurn = b.InTurn()
 	}
 	var marks []Mark
 	err := backend.Load(func(rec Record) error {
@@ -171,7 +192,7 @@ func OpenStore(config StoreConfig, backend Backend) (*Store, error) {
 		return nil, fmt.Errorf("load the push store: %w", err)
 	}
 	s.spools.load(marks)
-	s.expire()
+	s.storeNext() // what expired meanwhile
 	return s, nil
 }
 
@@ -179,42 +200,40 @@ func newGroup(key Key) *group {
 	return &group{key: key, id: key.ID(), canonical: key.canonical(), state: state{named: unnamed}, deadlineIndex: -1}
 }
 
-// Run makes the changes until ctx ends and the queue is empty. Then it closes the
-// backend.
+// Run stores the changes until ctx ends. Then no more are taken, and when those that
+// wait are stored it closes the backend.
 func (s *Store) Run(ctx context.Context) error {
-	defer close(s.done)
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
-	for {
+	for ctx.Err() == nil {
+		if s.failure.Load() != nil && !time.Now().Before(s.probeAt) {
+			s.probe()
+		}
+		if s.storeNext() {
+			continue
+		}
 		timer.Reset(s.untilTimer())
 		select {
-		case c := <-s.queue:
-			s.expire()
-			s.apply(s.collect(c))
+		case <-s.wake:
 		case <-timer.C:
-			s.expire()
-			if s.failure.Load() != nil {
-				s.probe()
-			}
 		case <-ctx.Done():
-			for {
-				select {
-				case c := <-s.queue:
-					s.apply(s.collect(c))
-					continue
-				default:
-				}
-				return s.backend.Close()
-			}
 		}
 	}
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	for s.storeNext() {
+	}
+	return s.backend.Close()
 }
 
 func (s *Store) untilTimer() time.Duration {
 	wait := time.Hour
 	if s.failure.Load() != nil {
-		wait = probeEvery
+		wait = max(time.Until(s.probeAt), 0)
 	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
 	if len(s.deadlines) > 0 {
 		wait = min(wait, max(s.deadlines[0].deadline.Sub(s.config.Now()), 0))
 	}
@@ -228,10 +247,22 @@ func (s *Store) Err() error {
 	if p := s.failure.Load(); p != nil {
 		return fmt.Errorf("%w: %w", ErrUnavailable, *p)
 	}
-	if len(s.queue) == cap(s.queue) {
+	if s.waiting() >= queueSize {
 		return ErrBusy
 	}
 	return nil
+}
+
+// waiting returns the number of changes that wait to be stored.
+func (s *Store) waiting() (n int) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, b := range s.batches {
+		if !b.sealed {
+			n += len(b.changes)
+		}
+	}
+	return n
 }
 
 // wrote notes how a write ended. One that succeeds does not end a failure: on a
@@ -242,6 +273,7 @@ func (s *Store) wrote(err error) {
 		return
 	}
 	s.stats.failedWrites.Add(1)
+	s.probeAt = time.Now().Add(probeEvery)
 	if s.failure.Swap(&err) == nil {
 		s.config.Logger.Error("The push store can't write: pushes are refused until it can", "err", err)
 	}
@@ -257,53 +289,63 @@ func (s *Store) probe() {
 	s.config.Logger.Info("The push store can write again")
 }
 
-// collect takes what else waits. Requests that can go on without waiting for anything
-// go first: what they bring shares the flush.
-func (s *Store) collect(first *change) []*change {
-	batch := []*change{first}
-	runtime.Gosched()
-	for len(batch) < maxBatch {
-		select {
-		case c := <-s.queue:
-			batch = append(batch, c)
-		default:
-			return batch
-		}
-	}
-	return batch
-}
-
-// do hands a change to the writer and waits until it is stored, or refused.
+// do makes a change and waits until it is stored, or refused.
 func (s *Store) do(ctx context.Context, c *change) error {
-	c.reply = make(chan error, 1)
-	select {
-	case s.queue <- c:
-	default:
+	if !s.places.TryAcquire(1) {
 		wait, cancel := context.WithTimeout(ctx, queueWait)
 		defer cancel()
-		select {
-		case s.queue <- c:
-		case <-s.done:
-			return fmt.Errorf("%w: it is closed", ErrUnavailable)
-		case <-wait.Done():
+		if s.places.Acquire(wait, 1) != nil {
 			return fmt.Errorf("%w: %d changes wait; try again later", ErrBusy, queueSize)
 		}
 	}
-	// From here on it will be applied, whether the caller waits or not.
+	b := s.take(c)
+	if b == nil {
+		s.places.Release(1)
+		return fmt.Errorf("%w: it is closed", ErrUnavailable)
+	}
+	// From here on it will be stored, whether the caller waits or not.
 	select {
-	case err := <-c.reply:
-		return err
-	case <-s.done:
-		// The writer may have answered before it ended.
-		select {
-		case err := <-c.reply:
-			return err
-		default:
-			return fmt.Errorf("%w: it is closed", ErrUnavailable)
-		}
+	case <-b.done:
+		return c.result
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// take puts a change into a batch and makes it, if it need not wait for its turn. It
+// returns nil where the store is closed.
+func (s *Store) take(c *change) *batch {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer func() {
+		if p := recover(); p != nil {
+			// A change is half made. Nothing may go on from there, and net/http would.
+			go panic(fmt.Sprintf("%v\n%s", p, debug.Stack()))
+			select {}
+		}
+	}()
+	if s.closed {
+		return nil
+	}
+	var b *batch
+	if n := len(s.batches); n > 0 && !s.batches[n-1].sealed && len(s.batches[n-1].changes) < maxBatch {
+		b = s.batches[n-1]
+	} else {
+		b = &batch{done: make(chan struct{})}
+		s.batches = append(s.batches, b)
+	}
+	b.changes = append(b.changes, c)
+	if !s.inTurn {
+		s.makeIn(b, c)
+	}
+	if s.resting {
+		s.resting = false
+		select {
+		case s.wake <- struct{}{}:
+		default:
+		}
+	}
+	return b
 }
 
 // step is an applied change of one group, to be stored or undone.
@@ -315,59 +357,107 @@ type step struct {
 	repeats  bool // Record.Repeats
 }
 
-// apply makes a batch of changes: each is checked against what the ones before it
-// left, all are stored together, and undone where that fails.
-func (s *Store) apply(batch []*change) {
+// makeIn makes a change of a batch in memory: it is checked against what the ones
+// before it left, those that are not stored yet too. It is called with mu held.
+func (s *Store) makeIn(b *batch, c *change) {
+	if c.id.spool != "" && c.id.seq <= s.highest(c.id.spool) {
+		c.repeated = true // of one that may not be stored yet: it ends as that does
+		return
+	}
+	if failure := s.failure.Load(); failure != nil && c.pushes() {
+		c.result = fmt.Errorf("%w: %w", ErrUnavailable, *failure)
+		return
+	}
 	var steps []step
-	var noted map[string]Mark // of the batch
-	var marks []Mark
-	results := make([]error, len(batch))
-	failure := s.failure.Load()
-	s.mu.Lock()
-	for i, c := range batch {
-		if c.id.spool != "" && c.id.seq <= max(noted[c.id.spool].Seq, s.spools.seq(c.id.spool)) {
-			c.repeated = true
-			continue
-		}
-		if failure != nil && c.pushes() {
-			results[i] = fmt.Errorf("%w: %w", ErrUnavailable, *failure)
-			continue
-		}
-		var made []step
-		made, results[i] = s.make(c)
-		steps = append(steps, made...)
-		_, rejected := results[i].(*Rejection)
-		if c.id.spool != "" && (results[i] == nil || rejected) {
-			if noted == nil {
-				noted = map[string]Mark{}
-			}
-			noted[c.id.spool] = Mark{c.id.spool, c.id.seq, s.config.Now()}
-		}
-	}
-	if noted != nil {
-		marks = s.spools.withForgotten(noted)
-	}
-	s.mu.Unlock()
-	if err := s.store(steps, marks); err != nil {
-		s.mu.Lock()
-		s.undo(steps)
-		s.mu.Unlock()
-		for i := range results {
-			results[i] = fmt.Errorf("%w: %w", ErrUnavailable, err)
-		}
-	} else if len(marks) > 0 {
-		s.mu.Lock()
-		for _, m := range marks {
-			s.spools.note(m)
-		}
-		s.mu.Unlock()
-	}
+	steps, c.result = s.make(c)
 	for _, st := range steps {
 		s.schedule(st.group)
 	}
-	for i, c := range batch {
-		c.reply <- results[i]
+	b.steps = append(b.steps, steps...)
+	_, rejected := c.result.(*Rejection)
+	if c.id.spool != "" && (c.result == nil || rejected) {
+		if b.noted == nil {
+			b.noted = map[string]Mark{}
+		}
+		b.noted[c.id.spool] = Mark{c.id.spool, c.id.seq, s.config.Now()}
 	}
+}
+
+// highest returns the highest number of a spool's pushes that is stored, or waits for
+// that.
+func (s *Store) highest(spool string) uint64 {
+	seq := s.spools.seq(spool)
+	for _, b := range s.batches {
+		seq = max(seq, b.noted[spool].Seq)
+	}
+	return seq
+}
+
+// storeNext stores the batch whose turn it is, and answers its changes; where that fails,
+// those of all others too. It returns false where none waits.
+func (s *Store) storeNext() bool {
+	// Requests that can go on without waiting for anything go first: what they bring
+	// shares the flush.
+	runtime.Gosched()
+	s.mu.Lock()
+	s.expire()
+	if s.resting = len(s.batches) == 0; s.resting {
+		s.mu.Unlock()
+		return false
+	}
+	b := s.batches[0]
+	b.sealed = true
+	if s.inTurn {
+		for _, c := range b.changes {
+			s.makeIn(b, c)
+		}
+	}
+	marks := b.gone
+	if b.noted != nil {
+		marks = s.spools.withForgotten(b.noted)
+	}
+	s.mu.Unlock()
+	s.places.Release(int64(len(b.changes)))
+	err := s.store(b.steps, marks)
+	s.mu.Lock()
+	ended := s.batches[:1]
+	if err == nil {
+		s.batches = s.batches[1:]
+		for _, m := range marks {
+			s.spools.note(m)
+		}
+	} else {
+		ended, s.batches = s.batches, nil
+		s.fail(ended, err)
+	}
+	s.mu.Unlock()
+	for i, b := range ended {
+		close(b.done)
+		if i > 0 {
+			s.places.Release(int64(len(b.changes)))
+		}
+	}
+	return true
+}
+
+// fail undoes batches and answers their changes with an error. It is called with mu
+// held.
+func (s *Store) fail(batches []*batch, err error) {
+	for _, b := range slices.Backward(batches) {
+		for _, c := range b.changes {
+			if c.lifetimes == nil { // they are not stored
+				c.repeated, c.result = false, fmt.Errorf("%w: %w", ErrUnavailable, err)
+			}
+		}
+		if b.aging {
+			continue // what expired stays expired; after a restart it expires again
+		}
+		s.undo(b.steps)
+		for _, st := range b.steps {
+			s.schedule(st.group)
+		}
+	}
+	s.renewLifetimes() // they may have changed since what is there again was made
 }
 
 // store hands the last state of each changed group to the backend, with the marks.
@@ -395,10 +485,11 @@ func (s *Store) store(steps []step, marks []Mark) error {
 // undo takes steps back. It is called with mu held.
 func (s *Store) undo(steps []step) {
 	for _, st := range slices.Backward(steps) {
-		if st.created {
-			s.remove(st.group)
-		} else {
+		switch {
+		case !st.created:
 			s.install(st.group, st.old)
+		case s.has(st.group): // it may have expired since
+			s.remove(st.group)
 		}
 	}
 }
