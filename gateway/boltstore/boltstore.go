@@ -509,9 +509,11 @@ func (s *Store) Apply(changes []gateway.Change, marks []gateway.Mark) error {
 		return s.saveErr
 	}
 	frame := s.log.frameStart()
-	for _, c := range changes {
+	keys := make([]groupKey, len(changes))
+	for i, c := range changes {
+		keys[i] = keyOf(c.ID)
 		var err error
-		if frame, err = appendChange(frame, c); err != nil {
+		if frame, err = appendChange(frame, keys[i], c); err != nil {
 			return err
 		}
 	}
@@ -528,8 +530,8 @@ func (s *Store) Apply(changes []gateway.Change, marks []gateway.Mark) error {
 	if err != nil {
 		return err
 	}
-	for _, c := range changes {
-		s.pending.groups[keyOf(c.ID)] = c.Record
+	for i, c := range changes {
+		s.pending.groups[keys[i]] = c.Record
 	}
 	for _, m := range marks {
 		s.pending.marks[m.Spool] = m

@@ -17,8 +17,7 @@ const (
 	changeMark   // Mark.AppendBinary
 )
 
-func appendChange(frame []byte, c gateway.Change) ([]byte, error) {
-	key := keyOf(c.ID)
+func appendChange(frame []byte, key groupKey, c gateway.Change) ([]byte, error) {
 	switch {
 	case c.Record == nil:
 		return append(append(frame, key[:]...), changeGone), nil
