@@ -2,11 +2,14 @@ package main_test
 
 import (
 	"bufio"
+	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -56,26 +59,51 @@ func (s *pushStoreUnderTest) pushes(b *testing.B, n, groups int64) float64 {
 				n := s.next.Add(1)
 				body := pushedBodies[n%int64(len(pushedBodies))]
 				// Steps of a prime go through all groups.
-				request = fmt.Appendf(request[:0], "PUT /metrics/job/bench/instance/host-%06d HTTP/1.1\r\nHost: store\r\nContent-Length: %d\r\n\r\n%s", n*7919%groups, len(body), body)
+				request = fmt.Appendf(request[:0], "PUT /metrics/job/bench/instance/host-%06d HTTP/1.1\r\nHost: store\r\nContent-Length: %d\r\n\r\n", n*7919%groups, len(body))
+				request = append(request, body...)
 				if _, err := conn.Write(request); err != nil {
 					b.Error(err)
 					return
 				}
-				resp, err := http.ReadResponse(answers, nil)
-				if err != nil {
-					b.Error(err)
+				if err := readAnswer(answers); err != nil {
+					b.Errorf("%s: %v", s.name, err)
 					return
-				}
-				io.Copy(io.Discard, resp.Body)
-				resp.Body.Close()
-				if resp.StatusCode/100 != 2 {
-					b.Errorf("%s: %s", s.name, resp.Status)
 				}
 			}
 		})
 	}
 	clients.Wait()
 	return float64(n) / time.Since(start).Seconds()
+}
+
+// readAnswer reads the answer to a push. It returns an error for whatever is not a
+// success with a Content-Length.
+func readAnswer(r *bufio.Reader) error {
+	var status string
+	length := -1
+	for {
+		line, err := r.ReadSlice('\n')
+		if err != nil {
+			return err
+		}
+		if line = bytes.TrimSpace(line); len(line) == 0 {
+			break
+		}
+		if status == "" {
+			if status = string(line); !strings.HasPrefix(status, "HTTP/1.1 2") {
+				return errors.New(status)
+			}
+		} else if name, value, _ := bytes.Cut(line, []byte(": ")); bytes.EqualFold(name, []byte("Content-Length")) {
+			if length, err = strconv.Atoi(string(value)); err != nil {
+				return err
+			}
+		}
+	}
+	if length < 0 {
+		return fmt.Errorf("%s without a Content-Length", status)
+	}
+	_, err := r.Discard(length)
+	return err
 }
 
 // scrape returns how long a scrape takes, gzip included.
