@@ -24,6 +24,10 @@ type Config struct {
 	// MaxScrapes and MaxTunnels bound what runs at the same time for one agent:
 	// scrapes, and open CONNECT tunnels. 64 and 256 by default.
 	MaxScrapes, MaxTunnels int
+	// MaxKnown bounds the agents that are known, the lost ones included, and, at
+	// meanRegistration bytes each, what their registrations take together. 20,000 by
+	// default.
+	MaxKnown int
 	// Logger is slog.Default by default.
 	Logger *slog.Logger
 }
@@ -49,6 +53,7 @@ type Fleet struct {
 	hosts     map[string]map[*Agent]struct{} // exact hosts
 	wildcards map[string]map[*Agent]struct{} // suffixes ".example.net"
 	newest    time.Time                      // when a name registered for the first time
+	bytes     int                            // of all registrations: see size
 	changes   uint64                         // counts what discovery can see: see changed
 }
 
@@ -100,6 +105,9 @@ func Open(config Config) (*Fleet, error) {
 	}
 	if config.MaxTunnels == 0 {
 		config.MaxTunnels = 256
+	}
+	if config.MaxKnown == 0 {
+		config.MaxKnown = 20_000
 	}
 	if config.Logger == nil {
 		config.Logger = slog.Default()

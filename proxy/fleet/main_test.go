@@ -58,7 +58,7 @@ func open(t *testing.T, config fleet.Config) (f *fleet.Fleet, stop func()) {
 }
 
 // connect returns the proxy's end of a session that an agent opened.
-func connect(t *testing.T, name, instance string) (conn *fleet.Conn, agent *protocol.Session) {
+func connect(t testing.TB, name, instance string) (conn *fleet.Conn, agent *protocol.Session) {
 	t.Helper()
 	accepted := make(chan *protocol.Session, 1)
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/http"
@@ -12,7 +13,8 @@ import (
 // Register makes conn the session of its agent, or, where it is that already,
 // replaces the registration. An older session of the agent is closed. It returns
 // a *protocol.Refusal: 400 for a malformed registration, 409 where a name is
-// taken. When it returns nil the agent is stored, unless storing failed, which
+// taken, 413 for a registration of which discovery would get too long, 503 where the
+// fleet is full: see Config.MaxKnown. When it returns nil the agent is stored, unless storing failed, which
 // is logged: scrapes go on without a store.
 func (f *Fleet) Register(ctx context.Context, conn *Conn, reg protocol.Registration) error {
 	var dead *Conn
@@ -23,7 +25,7 @@ func (f *Fleet) Register(ctx context.Context, conn *Conn, reg protocol.Registrat
 		}
 		f.mu.Lock()
 		a := f.agents[conn.Agent]
-		if err := f.collision(conn.Agent, reg); err != nil || f.rival(conn, dead) != nil {
+		if f.collision(conn.Agent, reg) != nil || f.full(conn.Agent, reg) != nil || f.rival(conn, dead) != nil {
 			f.mu.Unlock()
 			continue // somebody came in between
 		}
@@ -81,8 +83,12 @@ func (f *Fleet) check(ctx context.Context, conn *Conn, reg protocol.Registration
 	if err := reg.Check(conn.Agent); err != nil {
 		return protocol.Refusef(http.StatusBadRequest, protocol.CodeInvalid, "registration of %q: %v", conn.Agent, err)
 	}
+	if n := size(reg); n > maxRegistration {
+		return protocol.Refusef(http.StatusRequestEntityTooLarge, protocol.CodeTooLarge,
+			"the registration of %q takes %d bytes with its labels at each target, as discovery lists them; at most %d: declare fewer targets, or fewer labels", conn.Agent, n, maxRegistration)
+	}
 	f.mu.RLock()
-	err := f.collision(conn.Agent, reg)
+	err := cmp.Or(f.collision(conn.Agent, reg), f.full(conn.Agent, reg))
 	rival := f.rival(conn, *dead)
 	f.mu.RUnlock()
 	if err != nil {
@@ -162,6 +168,66 @@ func (f *Fleet) collision(agent string, reg protocol.Registration) error {
 		if holder := f.names[h]; holder != nil && holder.Name != agent {
 			return taken(fmt.Sprintf("the host %q is a target of agent %q", h, holder.Name), holder.Name)
 		}
+	}
+	return nil
+}
+
+const (
+	// maxRegistration bounds what discovery lists of one agent, in bytes. Labels of the
+	// agent stand at each of its targets there, so that 100 kB of JSON could become 64 MB.
+	maxRegistration = 4 << 20
+	// meanRegistration is what the registrations may take on average where there are
+	// Config.MaxKnown. That of an agent with 50 targets takes about 10 kB.
+	meanRegistration = 16 << 10
+	// fullRetry is when an agent that found no room tries again.
+	fullRetry = time.Minute
+)
+
+// size is about what a registration takes in memory and in discovery, in bytes.
+func size(reg protocol.Registration) int {
+	const perString = 16 // of its header, or of what stands around it in JSON
+	length := func(labels map[string]string) (n int) {
+		for name, value := range labels {
+			n += len(name) + len(value) + 2*perString
+		}
+		return n
+	}
+	own := length(reg.Labels)
+	n := len(reg.Version) + own
+	for _, s := range [][]string{reg.Hosts, reg.Capabilities} {
+		for _, s := range s {
+			n += len(s) + perString
+		}
+	}
+	for _, t := range reg.Targets {
+		n += len(t.Name) + len(t.Path) + 2*perString + length(t.Labels) + own
+		for name, values := range t.Params {
+			n += len(name) + perString
+			for _, value := range values {
+				n += len(value) + perString
+			}
+		}
+	}
+	return n
+}
+
+// full returns the refusal for an agent for which there is no room. An agent that is
+// known has its place, and may come back as it was. It is called with mu held.
+func (f *Fleet) full(agent string, reg protocol.Registration) error {
+	limit, before := f.config.MaxKnown, 0
+	refuse := func(format string, args ...any) error {
+		refusal := protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeUnavailable, format, args...)
+		refusal.RetryAfter = fullRetry
+		return refusal
+	}
+	a, known := f.agents[agent]
+	if known {
+		before = size(a.registration)
+	} else if len(f.agents) >= limit {
+		return refuse("%d agents are known here, the lost ones included, and %q would be one more (--agent.max-known); forget those that are gone for good by DELETE /api/v1/agents/NAME", len(f.agents), agent)
+	}
+	if n := size(reg); n > before && f.bytes-before+n > limit*meanRegistration {
+		return refuse("the registrations of all agents take %d bytes, and %d more of %q would be too many for --agent.max-known=%d; raise it, or declare fewer targets and labels", f.bytes, n-before, agent, limit)
 	}
 	return nil
 }

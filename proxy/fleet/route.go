@@ -109,6 +109,7 @@ func (f *Fleet) ConnOf(a *Agent) *Conn {
 
 // index makes the names of an agent lead to it. It is called with mu held.
 func (f *Fleet) index(a *Agent) {
+	f.bytes += size(a.registration)
 	f.names[protocol.AgentTarget+"."+a.Name] = a
 	for _, t := range a.registration.Targets {
 		f.names[t.Name+"."+a.Name] = a
@@ -126,6 +127,7 @@ func (f *Fleet) index(a *Agent) {
 }
 
 func (f *Fleet) unindex(a *Agent) {
+	f.bytes -= size(a.registration)
 	delete(f.names, protocol.AgentTarget+"."+a.Name)
 	for _, t := range a.registration.Targets {
 		delete(f.names, t.Name+"."+a.Name)
