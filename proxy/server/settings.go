@@ -112,6 +112,10 @@ func ParseSettings(text []byte) (*Settings, error) {
 	if err := decoder.Decode(settings); err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
+	// What stands behind the first document would not count: roles, perhaps.
+	if err := decoder.Decode(new(any)); !errors.Is(err, io.EOF) {
+		return nil, errors.New("there is more than one YAML document: remove the line \"---\" between them")
+	}
 	// An empty section would be none, and open everything.
 	var sections map[string]any
 	if yaml.Unmarshal(text, &sections) == nil {
