@@ -151,6 +151,8 @@ func (c *flags) app() *kingpin.Application {
 	duration(app.Flag("agent.settle-time", "How long discovery answers 503 after a start without a stored list of agents. 0: not at all.").Default("60s"), &c.Fleet.SettleTime)
 	app.Flag("agent.max-handshakes", "Agents that may be in their handshakes at a time; more are told to come back.").
 		Default("256").IntVar(&c.MaxHandshakes)
+	app.Flag("agent.max-known", "Agents that may be known, the lost ones included; new names beyond it are refused. Their registrations may take 16 KiB each on average.").
+		Default("20000").IntVar(&c.Fleet.MaxKnown)
 	duration(app.Flag("push.default-ttl", "After which time without a push the samples of a group go, where neither a push nor --config.file names one. 0: never.").Default("0"), &c.Push.DefaultTTL)
 	duration(app.Flag("push.forget-after", "How long a group that declared an interval leaves push_up 0 behind after its TTL.").Default("7d"), &c.Push.ForgetAfter)
 	app.Flag("push.max-body-size", "Largest body of a push, decompressed too.").
@@ -200,7 +202,7 @@ func parseFlags(args []string) (*flags, string, error) {
 			*d = -1
 		}
 	}
-	for name, n := range map[string]int{"scrape.max-concurrent": c.Fleet.MaxScrapes, "connect.max-concurrent": c.Fleet.MaxTunnels, "agent.max-handshakes": c.MaxHandshakes} {
+	for name, n := range map[string]int{"scrape.max-concurrent": c.Fleet.MaxScrapes, "connect.max-concurrent": c.Fleet.MaxTunnels, "agent.max-handshakes": c.MaxHandshakes, "agent.max-known": c.Fleet.MaxKnown} {
 		if n < 1 {
 			return fail("--%s=%d: use at least 1", name, n)
 		}

@@ -20,7 +20,7 @@ func TestParseFlags(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Fleet.ForgetAfter != 7*24*time.Hour || c.Fleet.SettleTime != time.Minute || c.ReconnectWait != 2*time.Second || c.ListenAddresses[0] != ":8080" {
+	if c.Fleet.ForgetAfter != 7*24*time.Hour || c.Fleet.SettleTime != time.Minute || c.ReconnectWait != 2*time.Second || c.Fleet.MaxKnown != 20_000 || c.ListenAddresses[0] != ":8080" {
 		t.Errorf("defaults: %+v", c)
 	}
 }
@@ -35,6 +35,7 @@ func TestParseFlagsErrors(t *testing.T) {
 		"--web.external-url=/culvert":  "whole URL",
 		"--no-such-flag":               "--no-such-flag",
 		"--agent.max-handshakes=many":  "many",
+		"--agent.max-known=0":          "at least 1",
 		"--connect.max-concurrent=-1":  "at least 1",
 		"--agent.forget-after=forever": "forever",
 	} {

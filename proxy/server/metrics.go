@@ -92,7 +92,7 @@ func newMetrics(registry *prometheus.Registry, s *Server, stored bool) *metrics 
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "culvert_proxy_handshakes_pending",
 			Help: "Sessions that have not registered yet.",
-		}, func() float64 { return float64(s.pending.Load()) }),
+		}, func() float64 { return float64(s.admission.pending()) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "culvert_proxy_fleet_stored",
 			Help: "1 where the known agents survive a restart, 0 where storage is off or its file can't be used.",

@@ -193,6 +193,7 @@ func (s *Server) servePlainPush(w http.ResponseWriter, r *http.Request) bool {
 	}
 	if r, ok = s.permit(w, r, pushers); ok {
 		s.push.with(func(g *gateway.Gateway, w http.ResponseWriter, r *http.Request) { g.ServePush(w, r, rest) })(w, r)
+		finish(w)
 	}
 	return true
 }

@@ -18,12 +18,14 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refusal *protoco
 	s.logger.Debug("Refused", "method", r.Method, "target", r.RequestURI, "from", r.RemoteAddr, "status", refusal.Status, "reason", refusal.Reason())
 	challenge(w.Header(), refusal.Status)
 	if r.ContentLength != 0 && r.Method != http.MethodConnect {
+		finish(w)
 		refusal.Write(w)
 		return
 	}
 	header := w.Header().Clone()
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
+		finish(w)
 		refusal.Write(w)
 		return
 	}

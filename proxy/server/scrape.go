@@ -120,10 +120,7 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 		scraper.SetReadDeadline(sc.start.Add(sc.timeout))
 	}
 	scraper.SetWriteDeadline(sc.start.Add(sc.timeout + time.Second))
-	defer func() {
-		scraper.SetReadDeadline(time.Time{})
-		scraper.SetWriteDeadline(time.Time{})
-	}()
+	defer finish(w)
 	r.Header.Del("Upgrade") // ReverseProxy would pass an upgrade on
 	proxy.ServeHTTP(finalOnly{w}, r.WithContext(ctx))
 	finished = true

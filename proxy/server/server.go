@@ -115,11 +115,11 @@ type Server struct {
 	agentAPI     *http.Server // serves agentStreams
 	agentStreams *streamListener
 	lists        lists // of discovery
+	admission    admission
 
 	draining atomic.Bool
 	running  inFlight
-	pending  atomic.Int64 // sessions that have not registered
-	sessions tasks        // sessions, and goroutines of them and of tunnels
+	sessions tasks // sessions, and goroutines of them and of tunnels
 
 	mu      sync.Mutex // protects what follows
 	tunnels map[*tunnel]struct{}
@@ -148,6 +148,7 @@ func New(config Config) (*Server, error) {
 	id := make([]byte, 16)
 	rand.Read(id)
 	s := &Server{config: config, id: hex.EncodeToString(id), logger: config.Logger, tunnels: map[*tunnel]struct{}{}, conns: map[*agentConn]struct{}{}, agentStreams: newStreamListener(), recheck: make(chan struct{}, 1), started: time.Now(), quit: make(chan struct{})}
+	s.admission = admission{places: config.MaxHandshakes, names: map[string]int{}}
 	if err := s.loadSettings(); err != nil {
 		return nil, err
 	}
@@ -187,14 +188,10 @@ func New(config Config) (*Server, error) {
 	if err := s.routes(); err != nil {
 		return nil, err
 	}
-	s.agentAPI = &http.Server{
-		Handler:           http.HandlerFunc(s.serveAgent),
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       time.Minute,
-		ErrorLog:          errorLog(s.logger),
-		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, connKey{}, c.(agentStream).conn)
-		},
+	s.agentAPI = s.newServer(http.HandlerFunc(s.serveAgent))
+	s.agentAPI.IdleTimeout = time.Minute
+	s.agentAPI.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+		return context.WithValue(ctx, connKey{}, c.(agentStream).conn)
 	}
 	return s, nil
 }
@@ -463,10 +460,13 @@ func (s *Server) serveOwn(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	// Who reads none of the answer must not keep it in memory.
-	answer := http.NewResponseController(w)
-	answer.SetWriteDeadline(time.Now().Add(max(time.Minute, s.timeout(r.Header))))
+	conn := http.NewResponseController(w)
+	conn.SetWriteDeadline(time.Now().Add(max(answerTimeout, s.timeout(r.Header))))
+	if r.ContentLength != 0 {
+		conn.SetReadDeadline(time.Now().Add(restTimeout)) // pushes have deadlines of their own
+	}
 	s.mux.ServeHTTP(w, r)
-	answer.SetWriteDeadline(time.Time{})
+	finish(w)
 }
 
 // timeoutHeader is sent by Prometheus with each scrape, in seconds.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -25,6 +26,9 @@ const (
 	busyRetry, drainRetry = 2 * time.Second, 2 * time.Second
 	// leaveTimeout bounds the wait for the answer to a leave to get through.
 	leaveTimeout = 5 * time.Second
+	// drainedGrace is how long after the longest scrape a session that its agent has
+	// drained may live.
+	drainedGrace = 10 * time.Second
 )
 
 // serveTunnel answers GET /tunnel, and serves the session.
@@ -42,36 +46,40 @@ func (s *Server) serveTunnel(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, refusal)
 		return
 	}
-	if s.pending.Add(1) > int64(s.config.MaxHandshakes) {
-		s.pending.Add(-1)
-		s.metrics.handshakes.WithLabelValues(string(protocol.CodeBusy)).Inc()
-		busy := protocol.Refusef(http.StatusTooManyRequests, protocol.CodeBusy, "%d agents are in their handshakes; come back later", s.config.MaxHandshakes)
-		busy.RetryAfter = busyRetry
-		s.refuse(w, r, busy)
+	name, from := protocol.NormalizeName(r.Header.Get(protocol.HeaderAgent)), s.access.Address(r)
+	displaced, refusal := s.admission.enter(name, from)
+	if refusal != nil {
+		s.metrics.handshakes.WithLabelValues(string(refusal.Code)).Inc()
+		s.refuse(w, r, refusal)
 		return
+	}
+	if displaced != nil {
+		s.logger.Debug("No registration came, and others wait", "agent", displaced.Agent, "from", displaced.RemoteAddr)
+		s.sessions.start(func() { displaced.Close() }) // it may wait for a stuck write
 	}
 	session, err := protocol.Accept(w, r, transport, s.id, s.config.Session)
 	if err != nil {
-		s.pending.Add(-1)
+		s.admission.fails(name)
 		s.metrics.handshakes.WithLabelValues("failed").Inc()
 		s.logger.Debug("Handshake failed", "from", r.RemoteAddr, "err", err)
 		return
 	}
 	s.metrics.handshakes.WithLabelValues(outcomeOK).Inc()
-	conn := &agentConn{Conn: fleet.NewConn(session), turn: make(chan struct{}, 1), relays: make(chan struct{}, maxRelays)}
+	conn := &agentConn{Conn: fleet.NewConn(session), from: from, begin: time.Now(), turn: make(chan struct{}, 1), relays: make(chan struct{}, maxRelays)}
 	conn.identity.Store(identity)
 	conn.key = r.Header.Get(protocol.HeaderKey)
 	s.mu.Lock()
 	if s.conns == nil || !s.sessions.begin() {
 		s.mu.Unlock()
-		s.pending.Add(-1)
+		s.admission.fails(name)
 		session.Close()
 		return
 	}
 	s.conns[conn] = struct{}{}
 	s.mu.Unlock()
+	s.admission.begins(conn)
 	conn.expire = time.AfterFunc(registerTimeout, func() {
-		s.logger.Debug("No registration came", "agent", session.Agent, "from", session.RemoteAddr)
+		s.logger.Debug("No registration came, or the agent left a drained session open", "agent", session.Agent, "from", session.RemoteAddr)
 		session.Close()
 	})
 	// No goroutine of the session's own waits for its streams and its end: of
@@ -85,6 +93,9 @@ func (s *Server) serveTunnel(w http.ResponseWriter, r *http.Request) {
 
 // admit checks what the handshake says of the agent.
 func (s *Server) admit(r *http.Request) *protocol.Refusal {
+	if r.ContentLength != 0 { // what follows would be taken for frames
+		return protocol.Refusef(http.StatusBadRequest, protocol.CodeInvalid, "the request for a tunnel has a body; send it without one")
+	}
 	if s.draining.Load() {
 		refusal := protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeDraining, "this proxy is going away")
 		refusal.RetryAfter = drainRetry
@@ -104,7 +115,10 @@ func (s *Server) admit(r *http.Request) *protocol.Refusal {
 // agentConn is a session while it is served.
 type agentConn struct {
 	*fleet.Conn
-	expire     *time.Timer   // ends the session that doesn't register
+	from       netip.Prefix  // see access.Authenticator.Address
+	begin      time.Time     // of the session
+	placed     bool          // has one of admission.places
+	expire     *time.Timer   // ends the session that doesn't register, or was drained
 	registered atomic.Bool   // changed by who has the turn
 	turn       chan struct{} // of one registration at a time
 	relays     chan struct{} // a token for each relay that runs
@@ -156,9 +170,7 @@ func (l *streamListener) Addr() net.Addr { return &net.UnixAddr{Name: "tunnels",
 func (s *Server) sessionEnded(conn *agentConn) {
 	conn.expire.Stop()
 	registered := conn.isRegistered()
-	if !registered {
-		s.pending.Add(-1)
-	}
+	s.admission.ends(conn)
 	reason := conn.Err()
 	if s.fleet.Lost(conn.Conn, reason.Error()) && !s.draining.Load() {
 		s.logger.Info("Agent lost", "agent", conn.Agent, "from", conn.RemoteAddr, "reason", reason)
@@ -182,6 +194,10 @@ func (c *agentConn) isRegistered() bool {
 // serveAgent answers the requests of an agent. All of them are control, or pushes.
 func (s *Server) serveAgent(w http.ResponseWriter, r *http.Request) {
 	conn := r.Context().Value(connKey{}).(*agentConn)
+	if r.ContentLength != 0 {
+		http.NewResponseController(w).SetReadDeadline(time.Now().Add(registerTimeout))
+	}
+	defer finish(w)
 	route := r.Method + " " + r.URL.Path
 	if !protocol.IsControl(r) {
 		route = ""
@@ -206,6 +222,10 @@ func (s *Server) serveAgent(w http.ResponseWriter, r *http.Request) {
 			defer cancel()
 			s.closeTunnels(ctx, func(t *tunnel) bool { return t.conn == conn.Conn })
 		})
+		if conn.registered.Load() {
+			// It is the agent's to close, when scrapes that run now have ended at the latest.
+			conn.expire.Reset(s.config.MaxTimeout + drainedGrace)
+		}
 	default:
 		if s.relay(w, r, conn) {
 			return
@@ -223,10 +243,13 @@ func clip(s string, n int) string {
 
 // register takes a registration, one at a time for each session.
 func (s *Server) register(w http.ResponseWriter, r *http.Request, conn *agentConn) {
-	http.NewResponseController(w).SetReadDeadline(time.Now().Add(registerTimeout))
 	reg, err := decodeRegistration(w, r)
 	if err == nil {
 		err = s.mayRegister(conn, &reg)
+	}
+	if !conn.registered.Load() {
+		s.admission.asks(conn)
+		defer func() { s.admission.answered(conn, conn.registered.Load()) }()
 	}
 	select {
 	case conn.turn <- struct{}{}:
@@ -255,13 +278,12 @@ func (s *Server) register(w http.ResponseWriter, r *http.Request, conn *agentCon
 		return
 	}
 	if !check {
+		conn.expire.Stop()
 		conn.unchecked.Store(true)
 		s.metrics.registrations.WithLabelValues(outcomeOK).Inc()
 	}
 	if !check && !conn.registered.Load() {
 		conn.registered.Store(true)
-		conn.expire.Stop()
-		s.pending.Add(-1)
 		s.logger.Info("Agent connected", "agent", conn.Agent, "from", conn.RemoteAddr, "version", clip(reg.Version, 40), "transport", conn.Session.Transport)
 		s.sessions.start(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)

@@ -56,19 +56,51 @@ func (s *Server) listen(purpose string, addresses []string, webConfig string, ha
 			out.tls = true
 			out.Listener = tls.NewListener(l, reloadingTLS(webConfig))
 		}
-		out.server = &http.Server{
-			Handler:           handler,
-			ReadHeaderTimeout: 10 * time.Second,
-			IdleTimeout:       10 * time.Minute,
-			MaxHeaderBytes:    64 << 10,
-			ErrorLog:          errorLog(s.logger),
-			ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-				return context.WithValue(ctx, rawConnKey{}, c)
-			},
+		out.server = s.newServer(handler)
+		out.server.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, rawConnKey{}, c)
 		}
 		listeners = append(listeners, out)
 	}
 	return listeners, nil
+}
+
+// What slow and silent clients can hold, on each listener and on the streams of agents.
+const (
+	// headTimeout is how long a TLS handshake may take, and the head of a request from
+	// its first byte on; the first one from the connection's start.
+	headTimeout = 10 * time.Second
+	// maxHead bounds the head of a request, in bytes. Beyond it the answer is 431.
+	maxHead = 64 << 10
+	// idleTimeout is how long a connection may wait for its next request: longer than
+	// common scrape intervals.
+	idleTimeout = 10 * time.Minute
+	// answerTimeout is how long an answer may take that has no longer time of its own.
+	answerTimeout = time.Minute
+	// restTimeout is how long the end of an answer may take to be read, and what is left
+	// of the request's body to come: net/http reads up to 256 KiB of it.
+	restTimeout = 5 * time.Second
+)
+
+// newServer returns a server with these limits. Handlers call finish at their end, and
+// extend the time for what they know to take longer.
+func (s *Server) newServer(handler http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: headTimeout,
+		WriteTimeout:      answerTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHead,
+		ErrorLog:          errorLog(s.logger),
+	}
+}
+
+// finish gives a client the time to take the rest of an answer, and to send the rest of
+// its request. It must not be called where the connection was taken over.
+func finish(w http.ResponseWriter) {
+	conn, end := http.NewResponseController(w), time.Now().Add(restTimeout)
+	conn.SetReadDeadline(end)
+	conn.SetWriteDeadline(end)
 }
 
 // loadWebConfig reads and checks a web configuration; "" is an empty one.
