@@ -665,3 +665,10 @@ roles:
 	_, err = open("webs", "web-9", "1", "short")
 	wantRefusal(t, err, 400, protocol.CodeInvalid, "32 to 128")
 }
+
+func writeFile(t testing.TB, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -77,8 +77,9 @@ const (
 	idleTimeout = 10 * time.Minute
 	// answerTimeout is how long an answer may take that has no longer time of its own.
 	answerTimeout = time.Minute
-	// restTimeout is how long the end of an answer may take to be read, and what is left
-	// of the request's body to come: net/http reads up to 256 KiB of it.
+	// restTimeout is how long what is left of a request's body may take to come at the
+	// end, of which net/http reads up to 256 KiB before it answers; and then as long
+	// again, the end of the answer to be read.
 	restTimeout = 5 * time.Second
 )
 
@@ -98,9 +99,9 @@ func (s *Server) newServer(handler http.Handler) *http.Server {
 // finish gives a client the time to take the rest of an answer, and to send the rest of
 // its request. It must not be called where the connection was taken over.
 func finish(w http.ResponseWriter) {
-	conn, end := http.NewResponseController(w), time.Now().Add(restTimeout)
-	conn.SetReadDeadline(end)
-	conn.SetWriteDeadline(end)
+	conn, now := http.NewResponseController(w), time.Now()
+	conn.SetReadDeadline(now.Add(restTimeout))
+	conn.SetWriteDeadline(now.Add(2 * restTimeout))
 }
 
 // loadWebConfig reads and checks a web configuration; "" is an empty one.
