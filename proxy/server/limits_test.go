@@ -252,13 +252,14 @@ func TestHalfOpen(t *testing.T) {
 		}
 	}
 	scrape("before")
-	connect("after").logs.wait(t, "msg=Connected") // it waits until it can take a place
+	after := connect("after")
+	within(t, long, "an agent takes a place", func() bool { return after.logs.count("msg=Connected") > 0 })
 	scrape("after")
 	for _, conn := range conns {
 		ends(t, "half open", conn)
 	}
 	scrape("before")
-	eventually(t, "all places are free", func() bool {
+	within(t, long, "all places are free", func() bool {
 		conn := tls.Client(rawConn(t, p.addr), client)
 		defer conn.Close()
 		io.WriteString(conn, "GET /metrics?only=self HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -297,7 +298,7 @@ func TestPlaces(t *testing.T) {
 	if err := other.Register(t.Context(), &protocol.Registration{}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "places are free after a while", func() bool {
+	within(t, long, "places are free after a while", func() bool {
 		s, err := open("same", "192.0.2.1")
 		if err == nil {
 			defer s.Close()

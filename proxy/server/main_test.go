@@ -485,11 +485,14 @@ func (b *logBuffer) waitN(t *testing.T, n int, words ...string) {
 }
 
 // eventually polls what has no event to wait for.
-func eventually(t *testing.T, what string, f func() bool) {
+func eventually(t *testing.T, what string, f func() bool) { t.Helper(); within(t, patience, what, f) }
+
+// within is eventually for what takes its time.
+func within(t *testing.T, limit time.Duration, what string, f func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); !f(); time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(limit); !f(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within %s", what, patience)
+			t.Fatalf("%s: not within %s", what, limit)
 		}
 	}
 }
