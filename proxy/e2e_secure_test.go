@@ -168,6 +168,7 @@ func TestSecureExample(t *testing.T) {
 	p := &prometheus{process: start(t, "prometheus", external(t, "prometheus"),
 		"--config.file="+file, "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address=127.0.0.1:0")}
 	p.url = "http://" + p.awaitLog(`msg="Listening on" address=(\S+)`)[1]
+	p.awaitLog(`Server is ready to receive web requests`)
 
 	p.awaitSample(`up{job="agents",instance="agent.`+berlin1+`"}`, "1", time.Time{})
 	p.awaitSample(`e2e_value{job="node"}`, "1", time.Time{})
