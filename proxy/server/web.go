@@ -12,6 +12,8 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/prometheus/exporter-toolkit/web"
@@ -127,29 +129,79 @@ func loadWebConfig(path string) (*web.Config, error) {
 	return config, nil
 }
 
-// reloadingTLS reads the file and its certificates anew for each connection, as
-// exporter-toolkit does, so that a renewed certificate needs no restart. It
+// reloadingTLS takes up a file that has changed, and certificates that were renewed, with
+// the next connection, as exporter-toolkit does, so that they need no restart. It
 // offers HTTP/1.1 alone, whatever http2: says: with HTTP/2 Prometheus's scrapes
 // through an https proxy_url fail, and there is no upgrade and no CONNECT.
 func reloadingTLS(path string) *tls.Config {
+	kept := keptTLS{path: path}
 	return &tls.Config{
-		NextProtos: []string{"http/1.1"},
-		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
-			config, err := loadWebConfig(path)
-			if err != nil {
-				return nil, err
-			}
-			tlsConfig, err := web.ConfigToTLSConfig(&config.TLSConfig)
-			if err != nil {
-				return nil, err
-			}
-			if tlsConfig == nil {
-				return nil, errors.New("the web configuration has no TLS any more")
-			}
-			tlsConfig.NextProtos = []string{"http/1.1"}
-			return tlsConfig, nil
-		},
+		NextProtos:         []string{"http/1.1"},
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return kept.current() },
 	}
+}
+
+// keptTLS keeps what was made of a web configuration until one of its files changes. To
+// read and check them for each connection costs as much as the rest of its handshake, and
+// thousands of agents may come back at once.
+type keptTLS struct {
+	path string
+
+	mu     sync.Mutex // protects what follows
+	config *tls.Config
+	files  []string
+	stamp  string // of the files, before they were read
+}
+
+func (k *keptTLS) current() (*tls.Config, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.config != nil && stampOf(k.files) == k.stamp {
+		return k.config, nil
+	}
+	k.config = nil
+	before := stampOf([]string{k.path})
+	config, err := loadWebConfig(k.path)
+	if err != nil {
+		return nil, err
+	}
+	k.files = []string{k.path, config.TLSConfig.TLSCertPath, config.TLSConfig.TLSKeyPath, config.TLSConfig.ClientCAs}
+	stamp := stampOf(k.files)
+	tlsConfig, err := web.ConfigToTLSConfig(&config.TLSConfig)
+	if err != nil {
+		return nil, err
+	}
+	if tlsConfig == nil {
+		return nil, errors.New("the web configuration has no TLS any more")
+	}
+	certificate, err := tlsConfig.GetCertificate(nil) // it would read the files anew each time
+	if err != nil {
+		return nil, err
+	}
+	tlsConfig.Certificates, tlsConfig.GetCertificate = []tls.Certificate{*certificate}, nil
+	tlsConfig.NextProtos = []string{"http/1.1"}
+	tlsConfig.SessionTicketsDisabled = true // each session shows its certificate
+	if strings.HasPrefix(stamp, before) {
+		k.config, k.stamp = tlsConfig, stamp
+	}
+	return tlsConfig, nil
+}
+
+// stampOf tells the current version of files, of which "" are none.
+func stampOf(files []string) string {
+	var stamp strings.Builder
+	for _, file := range files {
+		if file == "" {
+			continue
+		}
+		info, err := os.Stat(file)
+		if err != nil {
+			fmt.Fprintf(&stamp, "%v;", err)
+			continue
+		}
+		fmt.Fprintf(&stamp, "%d %d;", info.ModTime().UnixNano(), info.Size())
+	}
+	return stamp.String()
 }
 
 // decorate adds the response headers and the rate limit of a web configuration.
