@@ -12,7 +12,6 @@ import (
 	"syscall"
 	"time"
 	"unicode/utf8"
-	"unique"
 
 	"github.com/cespare/xxhash/v2"
 	dto "github.com/prometheus/client_model/go"
@@ -27,39 +26,25 @@ const textSuffix, openMetricsSuffix = ".prom", ".om"
 // maxFilled is how many labels may be filled in for all series of one family of a file.
 const maxFilled = 1 << 20
 
-// file is what is known of a file: its index, and its series if it is small. It is
-// immutable.
+// file is what is known of a file. It is immutable.
 type file struct {
-	path     string
-	info     os.FileInfo // of what was read
-	readAt   time.Time
-	fail     *failure // of the content; there are no families then
-	families []family // sorted by name
-	kept     int64    // bytes of text that are kept parsed
+	path    string
+	info    os.FileInfo // of what was read
+	readAt  time.Time
+	fail    *failure        // of the content; there are no families then
+	content blob            // its families, sorted by name, as encodeFamily writes them
+	metrics [][]*dto.Metric // the series of each family; nil where they are not kept
+	kept    int64           // bytes of text that are kept parsed
+	// bases and suffixed tell whether it has families whose samples have suffixes, and
+	// families whose names end in one: only then can names clash.
+	bases, suffixed bool
 }
 
-// family is one family of a file.
-type family struct {
-	meta     unique.Handle[meta]
-	segments []segment // its lines in the file
-	sum      uint64    // hash of its lines
-	series   []uint64  // hashes of its series, ascending
-	// duplicates is how many more the file has of series that are there already.
-	duplicates int
-	metrics    []*dto.Metric // nil where they are not kept
-}
-
-// meta describes a family. Files often have the same ones, so it is shared.
+// meta describes a family.
 type meta struct {
 	name, help, unit string
 	kind             dto.MetricType
 }
-
-// segment is where lines start and end in a file.
-type segment struct{ start, end uint32 }
-
-// errChanged is returned where a file is not what the index says.
-var errChanged = errors.New("it was changed while the exposition was written")
 
 // unchanged reports whether the file need not be read again.
 func (f *file) unchanged(info os.FileInfo) bool {
@@ -67,16 +52,17 @@ func (f *file) unchanged(info os.FileInfo) bool {
 }
 
 func sameFile(a, b os.FileInfo) bool {
-	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size() && a.Mode() == b.Mode()
+	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size() && a.Mode() == b.Mode() && changedAt(a) == changedAt(b)
 }
 
-// read reads a file into buffer and makes its index. Its series are kept where it has no
-// more than keep bytes. What is wrong with the content is in the result; the failure is
-// what may be gone the next time though the file is the same.
-func (c *Collector) read(path string, buffer *[]byte, keep int64) (*file, *failure) {
-	f, body, fail := c.readBytes(path, buffer)
+// read reads a file and stores its families. Its series are kept in memory where it has
+// no more than keep bytes, and what is stored where that has no more than memory bytes.
+// What is wrong with the content is in the result; the failure is what may be gone the
+// next time though the file is the same.
+func (c *Collector) read(path string, keep, memory int64) (*file, *failure) {
+	f, body, fail := c.readBytes(path)
 	if fail != nil && fail.reason == ReasonChanged {
-		f, body, fail = c.readBytes(path, buffer) // a quick writer is done by now
+		f, body, fail = c.readBytes(path) // a quick writer is done by now
 	}
 	if fail != nil {
 		if fail.reason == ReasonTooLarge {
@@ -85,19 +71,23 @@ func (c *Collector) read(path string, buffer *[]byte, keep int64) (*file, *failu
 		}
 		return nil, fail
 	}
-	if f.fail = f.index(body, int64(len(body)) <= keep); f.fail != nil {
-		f.families = nil
+	encoded, fail := f.parse(body, c.encoded[:0], int64(len(body)) <= keep)
+	if f.fail = fail; fail != nil {
 		const most = 500
 		if text := f.fail.Error(); len(text) > most { // it may repeat a line
 			f.fail.err = errors.New(strings.ToValidUTF8(text[:most], "") + "…")
 		}
-	} else if int64(len(body)) <= keep {
+		return f, nil
+	}
+	c.encoded = encoded
+	f.content = c.spill.put(encoded, memory)
+	if f.metrics != nil {
 		f.kept = int64(len(body))
 	}
 	return f, nil
 }
 
-func (c *Collector) readBytes(path string, buffer *[]byte) (f *file, body []byte, fail *failure) {
+func (c *Collector) readBytes(path string) (f *file, body []byte, fail *failure) {
 	in, info, fail := open(path)
 	if fail != nil {
 		return nil, nil, fail
@@ -106,11 +96,11 @@ func (c *Collector) readBytes(path string, buffer *[]byte) (f *file, body []byte
 	f = &file{path: path, info: info, readAt: time.Now()}
 	limit := c.config.MaxFileSize
 	// What the size says can be wrong, as in /proc.
-	b := bytes.NewBuffer((*buffer)[:0])
+	b := bytes.NewBuffer(c.buffer[:0])
 	if info.Size() <= limit {
 		b.Grow(int(info.Size()) + bytes.MinRead)
 		_, err := b.ReadFrom(io.LimitReader(in, limit+1))
-		*buffer = b.Bytes()
+		c.buffer = b.Bytes()
 		if err != nil {
 			return nil, nil, ioFailure(err)
 		}
@@ -149,122 +139,66 @@ func open(path string) (*os.File, os.FileInfo, *failure) {
 	return in, info, nil
 }
 
-// index fills in the families.
-func (f *file) index(body []byte, keep bool) *failure {
-	if strings.HasSuffix(f.path, openMetricsSuffix) && !ended(body) {
-		return failf(ReasonParse, "%s: there is no # EOF at its end, so it may be cut off", f.path)
-	}
-	parsed, places, err := parse(f.path, body)
-	if err != nil {
-		return failf(ReasonParse, "%s: %w", f.path, err)
-	}
-	for _, p := range parsed {
-		for _, m := range p.Metric {
-			if m.TimestampMs != nil {
-				return failf(ReasonTimestamp, "%s: metric %q: timestamps are not allowed; the time of the file is in %s", f.path, p.GetName(), mtimeName)
-			}
-		}
-	}
-	for _, p := range parsed {
-		segments := places[p.GetName()]
-		count := len(p.Metric)
-		if fail := complete(p); fail != nil {
-			return failf(fail.reason, "%s: metric %q: %w", f.path, p.GetName(), fail.err)
-		}
-		out := family{
-			meta:       unique.Make(meta{p.GetName(), p.GetHelp(), p.GetUnit(), p.GetType()}),
-			segments:   segments,
-			series:     make([]uint64, len(p.Metric)),
-			duplicates: count - len(p.Metric),
-		}
-		for i, m := range p.Metric {
-			out.series[i] = hashSeries(m.Label)
-		}
-		slices.Sort(out.series)
-		var d xxhash.Digest
-		d.Reset()
-		for _, s := range segments {
-			d.Write(body[s.start:s.end])
-		}
-		out.sum = d.Sum64()
-		if keep {
-			out.metrics = p.Metric
-		}
-		f.families = append(f.families, out)
-	}
-	return nil
-}
-
-// load returns the series of a family, complete and in order. They must not be changed.
-// It returns errChanged where the file is not what it was.
-func (f *file) load(fam *family, buffer *[]byte) ([]*dto.Metric, error) {
-	if fam.metrics != nil {
-		return fam.metrics, nil
-	}
-	in, info, fail := open(f.path)
+// parse appends the families of the file to encoded. It keeps their series if keep is set.
+func (f *file) parse(body, encoded []byte, keep bool) ([]byte, *failure) {
+	families, fail := f.families(body)
 	if fail != nil {
 		return nil, fail
 	}
-	defer in.Close()
-	if !sameFile(f.info, info) {
-		return nil, errChanged
-	}
-	text := (*buffer)[:0]
-	for _, s := range fam.segments {
-		at := len(text)
-		text = slices.Grow(text, int(s.end-s.start))[:at+int(s.end-s.start)]
-		if _, err := in.ReadAt(text[at:], int64(s.start)); err != nil {
-			return nil, errChanged
+	for _, p := range families {
+		for _, m := range p.Metric {
+			if m.TimestampMs != nil {
+				return nil, failf(ReasonTimestamp, "%s: metric %q: timestamps are not allowed; the time of the file is in %s", f.path, p.GetName(), mtimeName)
+			}
 		}
 	}
-	*buffer = text
-	if xxhash.Sum64(text) != fam.sum {
-		return nil, errChanged
+	slices.SortFunc(families, func(a, b *dto.MetricFamily) int { return strings.Compare(a.GetName(), b.GetName()) })
+	metrics := make([][]*dto.Metric, len(families))
+	for i, p := range families {
+		count := len(p.Metric)
+		if fail := complete(p); fail != nil {
+			return nil, failf(fail.reason, "%s: metric %q: %w", f.path, p.GetName(), fail.err)
+		}
+		var err error
+		if encoded, err = encodeFamily(encoded, p, count-len(p.Metric)); err != nil {
+			return nil, failf(ReasonParse, "%s: metric %q: %w", f.path, p.GetName(), err)
+		}
+		for _, suffix := range suffixes {
+			f.bases = f.bases || hasSuffix(p.GetType(), suffix)
+			f.suffixed = f.suffixed || strings.HasSuffix(p.GetName(), suffix)
+		}
+		metrics[i] = p.Metric
 	}
-	// It parses as it did in the file.
-	parsed, _, err := parse(f.path, text)
-	if err != nil {
-		return nil, err
+	if keep {
+		f.metrics = metrics
 	}
-	if len(parsed) != 1 || parsed[0].GetName() != fam.meta.Value().name {
-		return nil, fmt.Errorf("its lines read as %d families", len(parsed))
-	}
-	if fail := complete(parsed[0]); fail != nil {
-		return nil, fail
-	}
-	return parsed[0].Metric, nil
+	return encoded, nil
 }
 
-// find returns the family of that name.
-func (f *file) find(name string) *family {
-	i, ok := slices.BinarySearchFunc(f.families, name, func(fam family, name string) int { return strings.Compare(fam.meta.Value().name, name) })
-	if !ok {
-		return nil
-	}
-	return &f.families[i]
-}
-
-// parse reads a whole file, or lines of it, and tells for each family where its lines
-// are.
-func parse(path string, body []byte) ([]*dto.MetricFamily, map[string][]segment, error) {
-	if !strings.HasSuffix(path, openMetricsSuffix) {
+// families reads the text.
+func (f *file) families(body []byte) ([]*dto.MetricFamily, *failure) {
+	if !strings.HasSuffix(f.path, openMetricsSuffix) {
 		families, err := gateway.ParseText(body)
-		if err != nil {
-			return nil, nil, err
+		if err == nil {
+			err = checkText(body)
 		}
-		places, err := splitText(body)
-		return families, places, err
+		if err != nil {
+			return nil, failf(ReasonParse, "%s: %w", f.path, err)
+		}
+		return families, nil
+	}
+	if !ended(body) {
+		return nil, failf(ReasonParse, "%s: there is no # EOF at its end, so it may be cut off", f.path)
 	}
 	found, err := gateway.ParseOpenMetrics(body)
 	if err != nil {
-		return nil, nil, err
+		return nil, failf(ReasonParse, "%s: %w", f.path, err)
 	}
-	families, places := make([]*dto.MetricFamily, len(found)), make(map[string][]segment, len(found))
+	families := make([]*dto.MetricFamily, len(found))
 	for i, f := range found {
 		families[i] = f.MetricFamily
-		places[f.GetName()] = []segment{{uint32(f.Start), uint32(f.End)}}
 	}
-	return families, places, nil
+	return families, nil
 }
 
 // ended reports whether OpenMetrics text has its end mark. What has none may be cut off.
@@ -353,72 +287,40 @@ func hashSeries(labels []*dto.LabelPair) uint64 {
 	return d.Sum64()
 }
 
-// splitText tells which lines of text format 0.0.4 are about which family, the way in
-// which the parser decides it. The text must have been parsed.
-func splitText(body []byte) (map[string][]segment, error) {
-	places := map[string][]segment{}
-	kinds := map[string]string{} // by family, TYPE in upper case
-	// of returns the family that a line with this name is about.
-	of := func(name string) string {
-		if _, ok := kinds[name]; ok {
-			return name
-		}
-		for _, suffix := range []string{"_count", "_sum", "_bucket"} {
-			base, ok := strings.CutSuffix(name, suffix)
-			if !ok {
-				continue
-			}
-			switch kind := kinds[base]; {
-			case kind == "SUMMARY" && suffix != "_bucket", kind == "HISTOGRAM":
-				return base
-			}
-		}
-		kinds[name] = ""
-		return name
-	}
-	start, n := 0, 0
+// checkText returns an error for what the parser of text format 0.0.4 takes and
+// node_exporter does not. The text must have been parsed.
+func checkText(body []byte) error {
+	n := 0
 	for line := range bytes.Lines(body) {
-		end := start + len(line)
 		n++
 		name, keyword, rest := lineName(line)
-		word := strings.TrimLeft(rest, " \t")
-		switch {
-		case name == "" && (strings.HasPrefix(word, "{") || strings.HasPrefix(word, `"`)):
-			return nil, fmt.Errorf("line %d: quoted metric names are not allowed here", n)
-		case name == "" || keyword != "" && rest == "": // a comment, or nothing
-		default:
-			name = of(name)
-			if keyword == "TYPE" && word != "" {
-				if kinds[name] = strings.ToUpper(word); strings.HasPrefix(kinds[name], "GAUGE") && kinds[name] != "GAUGE" {
-					return nil, fmt.Errorf("line %d: type %s is not one of this format; write OpenMetrics to a file *%s", n, word, openMetricsSuffix)
-				}
-			}
-			segments := places[name]
-			if last := len(segments) - 1; last >= 0 && segments[last].end == uint32(start) {
-				segments[last].end = uint32(end)
-			} else {
-				places[name] = append(segments, segment{uint32(start), uint32(end)})
-			}
+		word := bytes.TrimLeft(rest, " \t")
+		if len(name) == 0 && len(word) > 0 && (word[0] == '{' || word[0] == '"') {
+			return fmt.Errorf("line %d: quoted metric names are not allowed here", n)
 		}
-		start = end
+		if keyword != "TYPE" || len(name) == 0 {
+			continue
+		}
+		if kind := strings.ToUpper(string(word)); strings.HasPrefix(kind, "GAUGE") && kind != "GAUGE" {
+			return fmt.Errorf("line %d: type %s is not one of this format; write OpenMetrics to a file *%s", n, word, openMetricsSuffix)
+		}
 	}
-	return places, nil
+	return nil
 }
 
 // lineName returns the metric name in a line of text format, "" where there is none; the
 // keyword, where it is HELP or TYPE; and what follows the name, up to the end of the
 // line.
-func lineName(line []byte) (name, keyword, rest string) {
+func lineName(line []byte) (name []byte, keyword string, rest []byte) {
 	line = bytes.TrimLeft(bytes.TrimSuffix(line, []byte("\n")), " \t")
 	if len(line) > 0 && line[0] == '#' {
 		line = bytes.TrimLeft(line[1:], " \t")
 		end := bytes.IndexAny(line, " \t")
 		if end < 0 {
-			return "", "", ""
+			return nil, "", nil
 		}
-		keyword = string(line[:end])
-		if keyword != "HELP" && keyword != "TYPE" {
-			return "", "", ""
+		if keyword = string(line[:end]); keyword != "HELP" && keyword != "TYPE" {
+			return nil, "", nil
 		}
 		line = bytes.TrimLeft(line[end:], " \t")
 	}
@@ -426,7 +328,7 @@ func lineName(line []byte) (name, keyword, rest string) {
 	for end < len(line) && isNameByte(line[end]) {
 		end++
 	}
-	return string(line[:end]), keyword, string(line[end:])
+	return line[:end], keyword, line[end:]
 }
 
 func isNameByte(c byte) bool {

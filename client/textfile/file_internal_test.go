@@ -2,10 +2,12 @@ package textfile
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
@@ -14,9 +16,8 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// FuzzFile writes files, reads them, and checks that what is read again of each family by
-// its place in the file is what the whole file gave, and that Prometheus takes what is
-// served.
+// FuzzFile writes files, reads them, and checks that what is stored of each family is what
+// was read, and that Prometheus takes what is served.
 func FuzzFile(f *testing.F) {
 	for _, text := range []string{
 		"", "m 1\n", "m 1", "m{a=\"1\"} 1\nm{b=\"2\"} 2\nm 3\nm{a=\"\"} 1\n",
@@ -46,38 +47,47 @@ func FuzzFile(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		kept, fail := c.read(path, &c.buffer, 1<<40)
+		kept, fail := c.read(path, 1<<40, 1<<40)
 		if fail != nil {
 			t.Fatal(fail)
 		}
-		indexed, fail := c.read(path, &c.buffer, -1)
+		stored, fail := c.read(path, -1, -1)
 		if fail != nil {
 			t.Fatal(fail)
 		}
 		if kept.fail != nil {
-			if indexed.fail == nil || kept.fail.Error() != indexed.fail.Error() || len(kept.families) > 0 {
-				t.Fatalf("%v and %v", kept.fail, indexed.fail)
+			if stored.fail == nil || kept.fail.Error() != stored.fail.Error() || kept.metrics != nil {
+				t.Fatalf("%v and %v", kept.fail, stored.fail)
 			}
 			return
 		}
-		var buffer []byte
-		for i := range kept.families {
-			whole, again := &kept.families[i], &indexed.families[i]
-			if again.metrics != nil {
-				t.Fatal("series were kept")
+		if stored.metrics != nil || stored.content.memory != nil {
+			t.Fatal("series were kept")
+		}
+		var scratch []byte
+		var d seriesDecoder
+		last := ""
+		w := newWalker(c, []*file{stored})
+		for i := range kept.metrics {
+			group := w.next()
+			if len(group) != 1 || string(group[0].name) <= last {
+				t.Fatalf("%d cursors behind %q", len(group), last)
 			}
-			metrics, err := indexed.load(again, &buffer)
-			if err != nil {
-				t.Fatalf("%s: %v", whole.meta.Value().name, err)
+			last = string(group[0].name)
+			a, b := &dto.MetricFamily{Metric: kept.metrics[i]}, &dto.MetricFamily{}
+			for piece := range group[0].read(&d, nil, 0, &scratch) {
+				b.Metric = append(b.Metric, piece...)
 			}
-			a, b := &dto.MetricFamily{Metric: whole.metrics}, &dto.MetricFamily{Metric: metrics}
-			if !proto.Equal(a, b) {
-				t.Fatalf("%s: the whole file gives\n%v\nits lines alone\n%v", whole.meta.Value().name, a, b)
+			if !same(a, b) {
+				t.Fatalf("%s: the file gives\n%v\nwhat is stored\n%v", last, a, b)
 			}
 		}
-		var s Snapshot
-		s.collector = c
-		s.merge([]*file{indexed}, nil, new(problems))
+		if len(w.next()) > 0 || len(c.late) > 0 {
+			t.Fatalf("there is more: %v", c.late)
+		}
+		s := Snapshot{collector: c, files: []*file{stored}}
+		s.clashes = s.findClashes()
+		s.walk(new(problems), func(*merged) bool { return true })
 		for _, format := range []expfmt.FormatType{expfmt.TypeTextPlain, expfmt.TypeProtoDelim} {
 			var out bytes.Buffer
 			encoder := expfmt.NewEncoder(&out, expfmt.NewFormat(format))
@@ -98,4 +108,81 @@ func FuzzFile(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestRenew: files that change do not let the temporary file grow, and a snapshot from
+// before it was renewed shows what it has.
+func TestRenew(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	c, err := New(Config{Directories: []string{dir}, TempDir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const lines = 30_000
+	write := func(name string, n int) {
+		t.Helper()
+		var b bytes.Buffer
+		for i := range lines {
+			fmt.Fprintf(&b, "m{file=%q,i=\"%d\"} %d\n", name, i, n)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name+textSuffix), b.Bytes(), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	collect := func() *Snapshot {
+		t.Helper()
+		s, err := c.Collect(t.Context(), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	values := func(s *Snapshot) (sum float64) {
+		for f := range s.Families() {
+			for _, m := range f.Metric {
+				sum += m.GetUntyped().GetValue()
+			}
+		}
+		return sum
+	}
+	write("stays", 1)
+	old := time.Now().Add(-time.Hour)
+	if err := os.Chtimes(filepath.Join(dir, "stays"+textSuffix), old, old); err != nil {
+		t.Fatal(err)
+	}
+	write("changes", 0)
+	first := collect()
+	live := int64(first.files[0].content.size + first.files[1].content.size)
+	if first.files[0].content.file == nil || first.files[1].content.file == nil {
+		t.Fatal("it is in memory")
+	}
+	renewed := 0
+	for n := range 14 {
+		before := c.spill.file
+		write("changes", n)
+		s := collect()
+		if c.spill.file != before {
+			renewed++
+		}
+		if c.spill.size > 3*live+minGarbage {
+			t.Fatalf("the temporary file has %d bytes, and %d are in use", c.spill.size, live)
+		}
+		if n == 13 {
+			if got := values(s); got != lines*(13+1) {
+				t.Errorf("got a sum of %v", got)
+			}
+		}
+	}
+	if got := values(first); renewed == 0 || got != lines {
+		t.Errorf("renewed %d times; the first snapshot has a sum of %v", renewed, got)
+	}
+}
+
+// same compares messages by their bytes: a NaN is not equal to itself.
+func same(a, b proto.Message) bool {
+	options := proto.MarshalOptions{Deterministic: true}
+	x, errX := options.Marshal(a)
+	y, errY := options.Marshal(b)
+	return errX == nil && errY == nil && bytes.Equal(x, y)
 }

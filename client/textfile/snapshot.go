@@ -1,7 +1,8 @@
 package textfile
 
 import (
-	"errors"
+	"cmp"
+	"encoding/binary"
 	"fmt"
 	"iter"
 	"maps"
@@ -28,15 +29,17 @@ const (
 
 var ownNames = []string{errorsName, droppedName, durationName, successName, mtimeName, errorName}
 
-// Snapshot is what one Collect found. It holds the index, and series of small files
-// only.
+// Snapshot is what one Collect found. It holds little but where the series are stored.
 type Snapshot struct {
 	// Dropped is how many series of the other sources are left out because they have a
 	// name that is the collector's own.
 	Dropped int
 
 	collector *Collector
-	families  []*merged // sorted by name
+	files     []*file
+	others    []*dto.MetricFamily       // of other sources, and the collector's own; sorted by name
+	clashes   map[string]map[int]string // see findClashes
+	drops     dropList
 }
 
 // merged is a family of all sources.
@@ -44,79 +47,115 @@ type merged struct {
 	meta
 	other    []*dto.Metric // of other sources; they come first
 	fixed    bool          // HELP is that of another source
-	parts    []part
-	series   int
-	conflict bool // two files have different HELP
+	parts    []*cursor
+	series   int    // of the parts, with those that are dropped
+	drop     bitmap // the series of the parts that somebody has already
+	conflict bool   // two files have different HELP
 }
 
-// part is what one file has of a family.
-type part struct {
-	file   *file
-	family *family
-	drop   map[uint64]bool // hashes of series that somebody has already
-}
+// bitmap tells something of series by their number; those behind its end have it not.
+type bitmap []byte
 
-// merge puts the families together. The first of a name settles what it is.
-func (s *Snapshot) merge(files []*file, others []*dto.MetricFamily, found *problems) {
-	families := map[string]*merged{}
-	kindOf := func(name string) (dto.MetricType, bool) {
-		if m := families[name]; m != nil {
-			return m.kind, true
+func (b bitmap) has(i int) bool { return i/8 < len(b) && b[i/8]&(1<<(i%8)) != 0 }
+
+// count returns how many of n from i on have it.
+func (b bitmap) count(i, n int) (count int) {
+	for end := i + n; i < end && i/8 < len(b); i++ {
+		if b.has(i) {
+			count++
 		}
-		return 0, false
 	}
-	for _, f := range others {
-		if slices.Contains(ownNames, f.GetName()) {
-			s.Dropped += len(f.Metric)
+	return count
+}
+
+// walk calls visit for each name that the files or the other sources have, sorted, with
+// what is served of it, until visit returns false. The first of a name settles what it
+// is. With found it looks for series that come twice, notes them in s.drops, and tells
+// what it leaves out; without, it goes by the notes.
+func (s *Snapshot) walk(found *problems, visit func(m *merged) bool) {
+	w := newWalker(s.collector, s.files)
+	drops := dropReader{list: &s.drops}
+	otherKind := func(name string) (dto.MetricType, bool) {
+		i, has := searchFamily(s.others, name)
+		if !has || slices.Contains(ownNames, name) {
+			return 0, false
+		}
+		return s.others[i].GetType(), true
+	}
+	others := s.others
+	for number := 0; ; number++ {
+		parts := w.next()
+		for len(others) > 0 && (len(parts) == 0 || others[0].GetName() < string(parts[0].name)) {
+			if m := mergedOther(others[0]); !visit(m) {
+				return
+			}
+			others = others[1:]
+		}
+		if len(parts) == 0 {
+			return
+		}
+		name := string(parts[0].name)
+		own := slices.Contains(ownNames, name)
+		var m *merged
+		if len(others) > 0 && others[0].GetName() == name && !own {
+			m = mergedOther(others[0])
+			others = others[1:]
+		}
+		for _, p := range parts {
+			if p.duplicates > 0 && found != nil {
+				found.add(p.file.path, ReasonDuplicate, p.duplicates, "%s: metric %q: %d of its series stand in the file twice; the first counts", p.file.path, name, p.duplicates)
+			}
+			reason := ""
+			if m != nil {
+				reason = m.accept(p)
+			} else if owner := s.clashes[name][p.index]; owner != "" {
+				reason = "the name clashes with the samples of " + owner
+			} else if owner, clash := collides(name, p.kind, otherKind); clash {
+				reason = "the name clashes with the samples of " + owner
+			} else if own {
+				reason = "the name is the collector's own"
+			} else {
+				m = &merged{meta: meta{name, string(p.help), string(p.unit), p.kind}}
+			}
+			if reason == "" {
+				m.parts = append(m.parts, p)
+				m.series += p.series
+			} else if found != nil {
+				found.add(p.file.path, ReasonConflict, p.series, "%s: metric %q: %s", p.file.path, name, reason)
+			}
+		}
+		if m == nil {
 			continue
 		}
-		families[f.GetName()] = &merged{meta: meta{f.GetName(), f.GetHelp(), f.GetUnit(), f.GetType()}, other: f.Metric, fixed: f.GetHelp() != "", series: len(f.Metric)}
-	}
-	for _, file := range files {
-		for i := range file.families {
-			f := &file.families[i]
-			name := f.meta.Value().name
-			if f.duplicates > 0 {
-				found.add(file.path, ReasonDuplicate, f.duplicates, fmt.Sprintf("%s: metric %q: %d of its series stand in the file twice; the first counts", file.path, name, f.duplicates))
-			}
-			m, reason := families[name], ""
-			if m == nil {
-				m = &merged{meta: f.meta.Value()}
-				if owner, clash := collides(name, m.kind, kindOf); clash {
-					reason = fmt.Sprintf("the name clashes with the samples of %s", owner)
-				} else if slices.Contains(ownNames, name) {
-					reason = "the name is the collector's own"
-				} else {
-					families[name] = m
-				}
-			} else {
-				reason = m.accept(f.meta.Value())
-			}
-			if reason != "" {
-				found.add(file.path, ReasonConflict, len(f.series), fmt.Sprintf("%s: metric %q: %s", file.path, name, reason))
-				continue
-			}
-			m.parts = append(m.parts, part{file: file, family: f})
-			m.series += len(f.series)
+		if found == nil {
+			m.drop = drops.of(number)
+		} else if m.findDuplicates(w, found); m.drop != nil {
+			s.drops.add(s.collector, number, m.drop)
 		}
-	}
-	s.families = slices.SortedFunc(maps.Values(families), func(a, b *merged) int { return strings.Compare(a.name, b.name) })
-	var hashes []uint64
-	for _, m := range s.families {
-		hashes = m.dropDuplicates(hashes, found)
-		if m.help == "" && m.other == nil {
+		if m.help == "" && m.other == nil && found == nil {
 			paths := make([]string, len(m.parts))
 			for i, p := range m.parts {
 				paths[i] = p.file.path
 			}
 			m.help = "Metric read from " + strings.Join(paths, ", ")
 		}
+		if !visit(m) {
+			return
+		}
 	}
+}
+
+func mergedOther(f *dto.MetricFamily) *merged {
+	return &merged{meta: meta{f.GetName(), f.GetHelp(), f.GetUnit(), f.GetType()}, other: f.Metric, fixed: f.GetHelp() != ""}
+}
+
+func searchFamily(sorted []*dto.MetricFamily, name string) (int, bool) {
+	return slices.BinarySearchFunc(sorted, name, func(f *dto.MetricFamily, name string) int { return strings.Compare(f.GetName(), name) })
 }
 
 // accept takes over what a file says of the family. It returns the reason why the
 // file's series can't be part of it.
-func (m *merged) accept(of meta) (reason string) {
+func (m *merged) accept(of *cursor) (reason string) {
 	first := "another source"
 	if len(m.parts) > 0 {
 		first = m.parts[0].file.path
@@ -127,40 +166,45 @@ func (m *merged) accept(of meta) (reason string) {
 		return fmt.Sprintf("its TYPE is %s here, and %s in %s", kindName(of.kind), kindName(m.kind), first)
 	case m.conflict:
 		return "other files have different HELP texts for it; use one text in all files"
-	case of.help != "" && m.help != "" && of.help != m.help && !m.fixed:
+	case len(of.help) > 0 && m.help != "" && string(of.help) != m.help && !m.fixed:
 		m.conflict = true
 		return fmt.Sprintf("the HELP text is %.*q, but %.*q in another file (%s is the first one); use one text in all files", most, of.help, most, m.help, first)
 	}
 	if m.help == "" {
-		m.help = of.help
+		m.help = string(of.help)
 	}
 	if m.unit == "" {
-		m.unit = of.unit
+		m.unit = string(of.unit)
 	}
 	return ""
 }
 
 func kindName(kind dto.MetricType) string { return strings.ToLower(kind.String()) }
 
+// suffixes are those of the samples of summaries and histograms.
+var suffixes = []string{"_count", "_sum", "_bucket"}
+
+// hasSuffix reports whether families of a kind have samples with the suffix.
+func hasSuffix(kind dto.MetricType, suffix string) bool {
+	switch kind {
+	case dto.MetricType_SUMMARY:
+		return suffix != "_bucket"
+	case dto.MetricType_HISTOGRAM, dto.MetricType_GAUGE_HISTOGRAM:
+		return true
+	}
+	return false
+}
+
 // collides reports whether a new family and one that is there would have samples of one
 // name: those of a histogram or summary have suffixes.
 func collides(name string, kind dto.MetricType, kindOf func(string) (dto.MetricType, bool)) (owner string, clash bool) {
-	has := func(kind dto.MetricType, suffix string) bool {
-		switch kind {
-		case dto.MetricType_SUMMARY:
-			return suffix != "_bucket"
-		case dto.MetricType_HISTOGRAM, dto.MetricType_GAUGE_HISTOGRAM:
-			return true
-		}
-		return false
-	}
-	for _, suffix := range []string{"_count", "_sum", "_bucket"} {
+	for _, suffix := range suffixes {
 		if base, ok := strings.CutSuffix(name, suffix); ok {
-			if other, known := kindOf(base); known && has(other, suffix) {
+			if other, known := kindOf(base); known && hasSuffix(other, suffix) {
 				return fmt.Sprintf("the %s %q", kindName(other), base), true
 			}
 		}
-		if has(kind, suffix) {
+		if hasSuffix(kind, suffix) {
 			if other, known := kindOf(name + suffix); known {
 				return fmt.Sprintf("the %s %q", kindName(other), name+suffix), true
 			}
@@ -169,55 +213,149 @@ func collides(name string, kind dto.MetricType, kindOf func(string) (dto.MetricT
 	return "", false
 }
 
-// dropDuplicates notes which series of the parts somebody has already. It returns its
-// working memory.
-func (m *merged) dropDuplicates(all []uint64, found *problems) []uint64 {
-	all = all[:0]
-	if len(m.parts) == 0 || len(m.parts) == 1 && len(m.other) == 0 {
-		return all
+// findClashes returns, by name and the file's number, who has the samples of families
+// that are left out because of their name. Which of two families that is depends on the
+// order of the files, not on that of the names: so it has to be known ahead of the walk.
+func (s *Snapshot) findClashes() map[string]map[int]string {
+	var bases, suffixed bool
+	for _, f := range s.files {
+		bases, suffixed = bases || f.bases, suffixed || f.suffixed
 	}
-	taken := map[uint64]bool{} // those with a double, once they have come
-	var others []uint64
-	for _, metric := range m.other {
-		others = append(others, hashSeries(metric.Label))
+	if !bases || !suffixed {
+		return nil
 	}
-	all = append(slices.Grow(all, m.series), others...)
-	for _, p := range m.parts {
-		all = append(all, p.family.series...)
+	type entry struct {
+		file int
+		name string
+		kind dto.MetricType
 	}
-	slices.Sort(all)
-	var doubles []uint64
-	for i := 1; i < len(all); i++ {
-		if all[i] == all[i-1] && (len(doubles) == 0 || doubles[len(doubles)-1] != all[i]) {
-			doubles = append(doubles, all[i])
+	// The names that start with a base's follow it: so of bases only those are kept that
+	// the name at hand starts with.
+	var open [][]entry
+	candidates := map[string][]entry{}
+	w := newWalker(s.collector, s.files)
+	for parts := w.next(); len(parts) > 0; parts = w.next() {
+		name := string(parts[0].name)
+		for len(open) > 0 && !strings.HasPrefix(name, open[len(open)-1][0].name) {
+			open = open[:len(open)-1]
 		}
-	}
-	if len(doubles) == 0 {
-		return all
-	}
-	for _, h := range others {
-		taken[h] = true
-	}
-	for i := range m.parts {
-		p := &m.parts[i]
-		for _, h := range doubles {
-			if _, has := slices.BinarySearch(p.family.series, h); !has {
-				continue
-			}
-			if taken[h] {
-				if p.drop == nil {
-					p.drop = map[uint64]bool{}
+		var entries []entry
+		base := false
+		for _, p := range parts {
+			base = base || hasSuffix(p.kind, "_sum")
+		}
+		suffixed := slices.ContainsFunc(suffixes, func(suffix string) bool { return strings.HasSuffix(name, suffix) })
+		if !base && (!suffixed || len(open) == 0) {
+			continue
+		}
+		for _, p := range parts {
+			entries = append(entries, entry{p.index, name, p.kind})
+		}
+		for _, suffix := range suffixes {
+			for _, of := range open {
+				if of[0].name+suffix == name {
+					candidates[of[0].name], candidates[name] = of, entries
 				}
-				p.drop[h] = true
 			}
-			taken[h] = true
 		}
-		if n := len(p.drop); n > 0 {
-			m.series -= n
-			found.add(p.file.path, ReasonDuplicate, n, fmt.Sprintf("%s: metric %q: another file or source in front has %d of its series", p.file.path, m.name, n))
+		if base {
+			open = append(open, entries)
 		}
 	}
-	return all
+	clashes := map[string]map[int]string{}
+	families := map[string]dto.MetricType{}
+	kindOf := func(name string) (dto.MetricType, bool) {
+		if i, has := searchFamily(s.others, name); has {
+			return s.others[i].GetType(), true
+		}
+		kind, known := families[name]
+		return kind, known
+	}
+	all := slices.Concat(slices.Collect(maps.Values(candidates))...)
+	slices.SortFunc(all, func(a, b entry) int { return cmp.Or(a.file-b.file, strings.Compare(a.name, b.name)) })
+	for _, e := range all {
+		if _, known := kindOf(e.name); known {
+			continue
+		}
+		if owner, clash := collides(e.name, e.kind, kindOf); !clash {
+			families[e.name] = e.kind
+		} else if clashes[e.name] == nil {
+			clashes[e.name] = map[int]string{e.file: owner}
+		} else {
+			clashes[e.name][e.file] = owner
+		}
+	}
+	return clashes
+}
+
+// maxHashes is about how many series of a family are compared at a time. Those of larger
+// ones are compared in several goes, each of which takes the series whose hashes are in
+// a part of all there are.
+const maxHashes = 32 << 10
+
+// findDuplicates notes which series of the parts somebody has already.
+func (m *merged) findDuplicates(w *walker, found *problems) {
+	if len(m.parts) == 0 || len(m.parts) == 1 && len(m.other) == 0 {
+		return
+	}
+	dropped := make([]int, len(m.parts))
+	total := m.series + len(m.other)
+	goes, shift := uint64(1), 64
+	for total>>(64-shift) > maxHashes {
+		goes, shift = goes*2, shift-1
+	}
+	for turn := range goes {
+		// hashes yields those of this go: of a part and with the number of the series, or
+		// of other sources.
+		hashes := func(yield func(part, number int, hash uint64)) {
+			for _, metric := range m.other {
+				if h := hashSeries(metric.Label); h>>shift == turn {
+					yield(-1, -1, h)
+				}
+			}
+			first := 0
+			for i, p := range m.parts {
+				stored := p.view(p.hashes, 8*p.series, &w.scratch)
+				for at := 0; at < len(stored); at += 8 {
+					if h := binary.LittleEndian.Uint64(stored[at:]); h>>shift == turn {
+						yield(i, first+at/8, h)
+					}
+				}
+				first += p.series
+			}
+		}
+		w.hashes = w.hashes[:0]
+		hashes(func(_, _ int, h uint64) { w.hashes = append(w.hashes, h) })
+		slices.Sort(w.hashes)
+		doubles := w.hashes[:0]
+		for i, h := range w.hashes[:max(len(w.hashes)-1, 0)] {
+			if h == w.hashes[i+1] && (len(doubles) == 0 || doubles[len(doubles)-1] != h) {
+				doubles = append(doubles, h)
+			}
+		}
+		if len(doubles) == 0 {
+			continue
+		}
+		taken := make([]bool, len(doubles)) // by those that have come
+		hashes(func(part, number int, h uint64) {
+			i, double := slices.BinarySearch(doubles, h)
+			if double && taken[i] && part >= 0 {
+				if m.drop == nil {
+					m.drop = make(bitmap, (m.series+7)/8)
+				}
+				m.drop[number/8] |= 1 << (number % 8)
+				dropped[part]++
+			} else if double {
+				taken[i] = true
+			}
+		})
+	}
+	for i, n := range dropped {
+		if n > 0 {
+			path := m.parts[i].file.path
+			found.add(path, ReasonDuplicate, n, "%s: metric %q: another file or source in front has %d of its series", path, m.name, n)
+		}
+	}
 }
 
 // fileTime is when a file was modified.
@@ -242,8 +380,8 @@ func (s *Snapshot) addOwn(found *problems, times []fileTime, took time.Duration)
 		}
 		slices.SortFunc(series, gateway.CompareSeries)
 		series = slices.CompactFunc(series, func(a, b *dto.Metric) bool { return gateway.CompareSeries(a, b) == 0 })
-		i, _ := slices.BinarySearchFunc(s.families, name, func(m *merged, name string) int { return strings.Compare(m.name, name) })
-		s.families = slices.Insert(s.families, i, &merged{meta: meta{name: name, help: help, kind: dto.MetricType_GAUGE}, other: series, series: len(series)})
+		i, _ := searchFamily(s.others, name)
+		s.others = slices.Insert(s.others, i, &dto.MetricFamily{Name: &name, Help: &help, Type: dto.MetricType_GAUGE.Enum(), Metric: series})
 	}
 	var failed, dropped, modified []*dto.Metric
 	anything := 0.0
@@ -266,52 +404,65 @@ func (s *Snapshot) addOwn(found *problems, times []fileTime, took time.Duration)
 }
 
 // Families yields all families, the others of Collect included, sorted by name. The
-// messages must not be changed. One with many series that stand in several files
-// comes in parts, which have the same name and follow each other.
-//
-// Files that were replaced since Collect and have other series now are left out, which
-// the next Collect tells.
+// messages must not be changed, and are good until the next one comes. A family with many
+// series comes in pieces, which have the same name and follow each other.
 func (s *Snapshot) Families() iter.Seq[*dto.MetricFamily] {
 	return func(yield func(*dto.MetricFamily) bool) {
-		r := reader{collector: s.collector, replaced: map[*file]*file{}}
-		for _, m := range s.families {
-			metrics := m.other
-			switch {
-			case len(m.parts) == 0:
-			case len(m.parts) == 1 && len(m.other) == 0:
-				metrics = r.load(m.parts[0])
-			case m.series <= maxSorted:
-				metrics = slices.Clone(m.other)
-				for _, p := range m.parts {
-					metrics = append(metrics, r.load(p)...)
-				}
-				slices.SortStableFunc(metrics, gateway.CompareSeries)
-			default:
-				for _, p := range m.parts {
-					if len(metrics) > 0 && !yield(m.family(metrics)) {
-						return
-					}
-					metrics = r.load(p)
-				}
-			}
-			if len(metrics) > 0 && !yield(m.family(metrics)) {
-				return
-			}
-		}
+		var d seriesDecoder
+		s.families(&d, func(f *dto.MetricFamily) bool {
+			more := yield(f)
+			d.release()
+			return more
+		})
 	}
 }
 
 // Gather returns the families as a list, each name once.
 func (s *Snapshot) Gather() (families []*dto.MetricFamily) {
-	for f := range s.Families() {
+	s.families(new(seriesDecoder), func(f *dto.MetricFamily) bool {
 		if n := len(families); n > 0 && families[n-1].GetName() == f.GetName() {
 			families[n-1].Metric = append(families[n-1].Metric, f.Metric...)
 		} else {
 			f.Metric = slices.Clip(f.Metric) // what is behind may be another's
 			families = append(families, f)
 		}
-	}
+		return true
+	})
 	return families
+}
+
+// families calls yield for all families until it returns false. d makes the series.
+func (s *Snapshot) families(d *seriesDecoder, yield func(*dto.MetricFamily) bool) {
+	var scratch []byte
+	s.walk(nil, func(m *merged) bool {
+		if m.series+len(m.other) > maxSorted {
+			if len(m.other) > 0 && !yield(m.family(m.other)) {
+				return false
+			}
+			first := 0
+			for _, p := range m.parts {
+				for metrics := range p.read(d, m.drop, first, &scratch) {
+					if len(metrics) > 0 && !yield(m.family(metrics)) {
+						return false
+					}
+				}
+				first += p.series
+			}
+			return true
+		}
+		metrics := slices.Clip(m.other)
+		first := 0
+		for _, p := range m.parts {
+			for more := range p.read(d, m.drop, first, &scratch) {
+				metrics = append(metrics, more...)
+			}
+			first += p.series
+		}
+		if len(m.parts) > 1 || len(m.parts) > 0 && len(m.other) > 0 {
+			slices.SortStableFunc(metrics, gateway.CompareSeries)
+		}
+		return len(metrics) == 0 || yield(m.family(metrics))
+	})
 }
 
 // family returns a message with the given series.
@@ -324,73 +475,6 @@ func (m *merged) family(series []*dto.Metric) *dto.MetricFamily {
 		f.Unit = &m.unit
 	}
 	return f
-}
-
-// reader reads the series of one exposition.
-type reader struct {
-	collector *Collector
-	buffer    []byte
-	replaced  map[*file]*file // by what is in the index; nil where they can't be read
-}
-
-// load returns the series of a part.
-func (r *reader) load(p part) []*dto.Metric {
-	f, fam := p.file, p.family
-	if now, replaced := r.replaced[f]; replaced {
-		if now == nil {
-			return nil
-		}
-		if fam = now.same(p.family); fam == nil {
-			r.leave(f, errChanged)
-			return nil
-		}
-		f = now
-	}
-	metrics, err := f.load(fam, &r.buffer)
-	if err != nil {
-		// The usual thing is that a newer version has taken the file's place.
-		now, fail := r.collector.read(p.file.path, new([]byte), 0)
-		if fail != nil {
-			err = fail
-		} else if now.fail != nil {
-			err = now.fail
-		} else if fam = now.same(p.family); fam != nil {
-			r.replaced[p.file] = now
-			metrics, err = now.load(fam, &r.buffer)
-		} else {
-			err = errChanged
-		}
-	}
-	if err != nil {
-		r.leave(p.file, err)
-		return nil
-	}
-	if len(p.drop) > 0 {
-		metrics = slices.DeleteFunc(slices.Clone(metrics), func(m *dto.Metric) bool { return p.drop[hashSeries(m.Label)] })
-	}
-	return metrics
-}
-
-// same returns the family that has the series of another version of the file.
-func (f *file) same(as *family) *family {
-	fam := f.find(as.meta.Value().name)
-	if fam == nil || fam.meta != as.meta || !slices.Equal(fam.series, as.series) {
-		return nil
-	}
-	return fam
-}
-
-// leave gives up on what is left of a file.
-func (r *reader) leave(f *file, err error) {
-	r.replaced[f] = nil
-	reason := ReasonChanged
-	if fail, ok := errors.AsType[*failure](err); ok {
-		reason = fail.reason
-	}
-	fail := failf(reason, "%s: what came in the last exposition is not all of it: %w", f.path, err)
-	r.collector.mu.Lock()
-	r.collector.late[f.path] = fail
-	r.collector.mu.Unlock()
 }
 
 // Merge puts the families of several sources together, sorted by name and each name

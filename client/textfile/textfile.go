@@ -23,15 +23,17 @@
 //
 // # Memory
 //
-// Of files that have not changed (by modification time, size, inode and permissions),
-// small ones stay in memory as they were parsed. Of all others an index stays, of 8 bytes
-// a series and some more a family; the samples are read again, one family of one file at
-// a time, while the exposition is written. So any number of files takes the memory of one
-// file, a constant, and the index.
+// A file is parsed when it has changed (by modification time, change time, size, inode
+// and permissions). Small ones stay in memory as they were parsed. What the others hold
+// goes, sorted and in less space than the text, into a temporary file, from which
+// expositions are put together as sorted files are merged. So any number of files takes
+// the memory of one file and a constant; what grows are some 2 kB a file.
 //
-// A file that is replaced while an exposition is written goes on with the new one's
-// samples where these are the same series. Else what is left of it is missing, which the
-// next scrape tells with reason "changed". The exposition as a whole stays good.
+// The temporary file is in TMPDIR, by default /var/tmp or else /tmp. Its name is removed at
+// once. Where it can't be written, its content stays in memory, which is logged.
+//
+// What an exposition shows is what Collect read, whatever becomes of the files
+// afterwards.
 package textfile
 
 import (
@@ -54,11 +56,16 @@ import (
 const (
 	// DefaultMaxFileSize is Config.MaxFileSize where that is 0: 16 MiB.
 	DefaultMaxFileSize = 16 << 20
-	// maxMaxFileSize is what the index can address.
+	// maxMaxFileSize is what the numbers of the stored form can hold.
 	maxMaxFileSize = 1 << 30
 	// keepText is how many bytes of text, all files together, stay in memory as they
 	// were parsed, which takes about ten times as much.
-	keepText = 256 << 10
+	keepText = 128 << 10
+	// keepStored is how many bytes of what is stored of the files, all together, stay in
+	// memory: little directories need no temporary file.
+	keepStored = 256 << 10
+	// minGarbage is from how many bytes of changed files on the temporary file is renewed.
+	minGarbage = 4 << 20
 	// maxSorted is up to how many series a family that stands in several files is put
 	// together in memory.
 	maxSorted = 4096
@@ -81,6 +88,9 @@ type Config struct {
 	// MaxFileSize is how many bytes a file may have, DefaultMaxFileSize by default, at
 	// most 1 GiB. Parsing takes about ten times as much memory.
 	MaxFileSize int64
+	// TempDir is the directory of the temporary file. It is that of TMPDIR by default, or
+	// /var/tmp, or os.TempDir.
+	TempDir string
 	// Now is time.Now by default. MaxAge counts from it.
 	Now func() time.Time
 	// Logger is slog.Default by default.
@@ -105,10 +115,9 @@ const (
 	// ReasonTooLarge: the file is larger than Config.MaxFileSize.
 	ReasonTooLarge Reason = "too_large"
 	// ReasonIO: there is no such file or directory, it is of another kind, or reading
-	// failed.
+	// it, or what was stored of it, failed.
 	ReasonIO Reason = "io"
-	// ReasonChanged: the file changed while it was read, or between the reading and the
-	// writing of the last exposition.
+	// ReasonChanged: the file changed while it was read.
 	ReasonChanged Reason = "changed"
 	// ReasonConflict: series of the file are left out because their family has another
 	// TYPE or HELP elsewhere, or a name that is taken.
@@ -135,10 +144,12 @@ type Collector struct {
 	config Config
 
 	// turn holds one element while somebody uses what follows.
-	turn   chan struct{}
-	files  map[string]*file
-	logged map[problemKey]string
-	buffer []byte
+	turn    chan struct{}
+	files   map[string]*file
+	logged  map[problemKey]string
+	spill   spill
+	buffer  []byte // memory for what is read
+	encoded []byte // memory for what is stored
 
 	mu   sync.Mutex // protects late
 	late map[string]*failure
@@ -160,15 +171,15 @@ func New(config Config) (*Collector, error) {
 	if config.Logger == nil {
 		config.Logger = slog.Default()
 	}
-	return &Collector{config: config, turn: make(chan struct{}, 1), files: map[string]*file{}, late: map[string]*failure{}}, nil
+	return &Collector{config: config, turn: make(chan struct{}, 1), files: map[string]*file{},
+		spill: spill{dir: config.TempDir, logger: config.Logger}, late: map[string]*failure{}}, nil
 }
 
 // Collect reads what changed and puts the families of all files together. others are
 // families of other sources, each name once: they come first, and series of files that
 // clash with them are left out.
 //
-// Only the wait for another Collect, and the reading of many files, end with ctx; that
-// is the only error.
+// It ends with ctx, and that is the only error.
 func (c *Collector) Collect(ctx context.Context, others []*dto.MetricFamily) (*Snapshot, error) {
 	select {
 	case c.turn <- struct{}{}:
@@ -182,9 +193,14 @@ func (c *Collector) Collect(ctx context.Context, others []*dto.MetricFamily) (*S
 	present := make(map[string]bool, len(paths))
 	var files []*file
 	var times []fileTime
-	kept := int64(0)
+	var kept, stored, inMemory int64
 	for _, f := range c.files {
 		kept += f.kept
+		stored += int64(f.content.size)
+		inMemory += int64(len(f.content.memory))
+	}
+	if c.spill.size > 2*(stored-inMemory)+minGarbage {
+		c.renewSpill()
 	}
 	for _, path := range paths {
 		if err := ctx.Err(); err != nil {
@@ -194,7 +210,7 @@ func (c *Collector) Collect(ctx context.Context, others []*dto.MetricFamily) (*S
 		info, fail := c.stat(path)
 		switch {
 		case fail != nil:
-			found.add(path, fail.reason, 0, fail.Error())
+			found.add(path, fail.reason, 0, "%s", fail)
 			delete(c.files, path)
 			if fail.reason == ReasonTooOld {
 				times = append(times, fileTime{path, info.ModTime()})
@@ -203,31 +219,36 @@ func (c *Collector) Collect(ctx context.Context, others []*dto.MetricFamily) (*S
 		case info == nil: // it went since it was listed
 			continue
 		}
+		c.mu.Lock()
+		late := c.late[path]
+		delete(c.late, path)
+		c.mu.Unlock()
+		if late != nil {
+			found.add(path, late.reason, 0, "%s", late)
+		}
 		f := c.files[path]
-		if f == nil || !f.unchanged(info) {
+		if late != nil {
+			delete(c.files, path)
+		}
+		if f == nil || late != nil || !f.unchanged(info) {
 			if f != nil {
 				kept -= f.kept
+				inMemory -= int64(len(f.content.memory))
 				delete(c.files, path)
 			}
-			if f, fail = c.read(path, &c.buffer, max(0, keepText-kept)); fail != nil {
+			if f, fail = c.read(path, max(0, keepText-kept), max(0, keepStored-inMemory)); fail != nil {
 				if fail.reason != ReasonIO || c.exists(path) {
-					found.add(path, fail.reason, 0, fail.Error())
+					found.add(path, fail.reason, 0, "%s", fail)
 				}
 				continue
 			}
 			c.files[path] = f
 			kept += f.kept
+			inMemory += int64(len(f.content.memory))
 		}
 		if f.fail != nil {
-			found.add(path, f.fail.reason, 0, f.fail.Error())
+			found.add(path, f.fail.reason, 0, "%s", f.fail)
 			continue
-		}
-		c.mu.Lock()
-		fail = c.late[path]
-		delete(c.late, path)
-		c.mu.Unlock()
-		if fail != nil {
-			found.add(path, fail.reason, 0, fail.Error())
 		}
 		times = append(times, fileTime{path, f.info.ModTime()})
 		files = append(files, f)
@@ -240,15 +261,47 @@ func (c *Collector) Collect(ctx context.Context, others []*dto.MetricFamily) (*S
 	c.mu.Lock()
 	maps.DeleteFunc(c.late, func(path string, _ *failure) bool { return !present[path] })
 	c.mu.Unlock()
-	if cap(c.buffer) > 1<<20 {
+	if cap(c.buffer) > 256<<10 {
 		c.buffer = nil
 	}
+	if cap(c.encoded) > 256<<10 {
+		c.encoded = nil
+	}
 
-	s := &Snapshot{collector: c}
-	s.merge(files, others, &found)
+	s := &Snapshot{collector: c, files: files}
+	for _, f := range others {
+		if slices.Contains(ownNames, f.GetName()) {
+			s.Dropped += len(f.Metric)
+		} else {
+			s.others = append(s.others, f)
+		}
+	}
+	slices.SortFunc(s.others, func(a, b *dto.MetricFamily) int { return strings.Compare(a.GetName(), b.GetName()) })
+	s.clashes = s.findClashes()
+	s.walk(&found, func(*merged) bool { return ctx.Err() == nil })
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("textfiles: the scrape ended while they were put together: %w", err)
+	}
 	c.log(&found)
 	s.addOwn(&found, times, time.Since(start))
 	return s, nil
+}
+
+// renewSpill leaves behind what the temporary file has of files that have changed.
+func (c *Collector) renewSpill() {
+	var copies []*file
+	var blobs []*blob
+	for _, f := range c.files {
+		if f.content.file != nil {
+			moved := *f
+			copies = append(copies, &moved)
+			blobs = append(blobs, &moved.content)
+		}
+	}
+	c.spill.renew(blobs)
+	for _, f := range copies {
+		c.files[f.path] = f
+	}
 }
 
 // Gather returns all families at once. It never returns an error.
@@ -282,7 +335,7 @@ func (c *Collector) list(found *problems) (paths []string) {
 				} else if fail.reason == ReasonPermission {
 					hint = "let the agent's user list it, as with chmod o+rx " + directory
 				}
-				found.add(directory, fail.reason, 0, fail.Error()+"; "+hint)
+				found.add(directory, fail.reason, 0, "%s; %s", fail, hint)
 			}
 			for _, entry := range entries {
 				name := entry.Name()
@@ -354,7 +407,7 @@ type problems struct {
 }
 
 // add counts a problem; of those with one key only the first text is kept.
-func (p *problems) add(path string, reason Reason, series int, text string) {
+func (p *problems) add(path string, reason Reason, series int, format string, args ...any) {
 	key := problemKey{path, reason}
 	if known := p.index[key]; known != nil {
 		known.series += series
@@ -363,7 +416,7 @@ func (p *problems) add(path string, reason Reason, series int, text string) {
 	if p.index == nil {
 		p.index = map[problemKey]*problem{}
 	}
-	p.index[key] = &problem{key, series, text}
+	p.index[key] = &problem{key, series, fmt.Sprintf(format, args...)}
 	p.list = append(p.list, p.index[key])
 }
 
