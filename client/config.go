@@ -131,13 +131,13 @@ func (f *flags) app() *kingpin.Application {
 		Default("1GiB").IsSetByUser(&f.maxResponseSizeSet).BytesVar(&f.maxResponseSize)
 	app.Flag("connect.max-concurrent", "CONNECT tunnels (https scrapes) that are open at a time, through all proxies; 0: no limit.").
 		Default("512").IsSetByUser(&f.maxTunnelsSet).IntVar(&f.maxTunnels)
-	app.Flag("tls.cacert", "CA certificates for proxies and https scrapes, instead of the system's.").
+	app.Flag("tls.cacert", "CA certificates for proxies, https scrapes and https pushes, instead of the system's.").
 		StringVar(&f.tls.CAFile)
-	app.Flag("tls.cert", "Client certificate for proxies and https scrapes.").
+	app.Flag("tls.cert", "Client certificate for proxies, https scrapes and https pushes.").
 		StringVar(&f.tls.CertFile)
 	app.Flag("tls.key", "Key of --tls.cert.").
 		StringVar(&f.tls.KeyFile)
-	app.Flag("token-file", "File with the bearer token for the proxies, read for each handshake.").
+	app.Flag("token-file", "File with the bearer token for the proxies, read for each handshake; that of run and push for --push-url, read for each try.").
 		StringVar(&f.tokenFile)
 	app.Flag("key-file", "File with the agent's own secret, made where it is not there; a proxy with roles pins the agent's name to it.").
 		StringVar(&f.keyFile)

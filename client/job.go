@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/http"
+	"net/url"
 	"os"
 	"strings"
 	"time"
@@ -60,13 +62,15 @@ type jobFlags struct {
 	interval, ttl string
 	url           string
 	urlSet        bool
+	user          string
+	passwordFile  string
 	timeout       time.Duration
 	command       []string
 	method, file  string
 }
 
 // agentFlagsOfJobs are the flags of the agent that run and push have a use for.
-var agentFlagsOfJobs = map[string]bool{"help": true, "version": true, "tls.cacert": true, "tls.cert": true, "tls.key": true}
+var agentFlagsOfJobs = map[string]bool{"help": true, "version": true, "tls.cacert": true, "tls.cert": true, "tls.key": true, "token-file": true}
 
 // addTo adds the commands run and push.
 func (f *jobFlags) addTo(app *kingpin.Application) {
@@ -83,6 +87,10 @@ func (f *jobFlags) addTo(app *kingpin.Application) {
 			StringVar(&f.ttl)
 		command.Flag("push-url", "Where to push: http or https, or unix:PATH. "+pushURLVariable+" says it too.").
 			Default(jobrun.DefaultURL).Envar(pushURLVariable).IsSetByUser(&f.urlSet).StringVar(&f.url)
+		command.Flag("basic-auth.username", "User for --push-url, as the proxy's role pushers names it.").
+			StringVar(&f.user)
+		command.Flag("basic-auth.password-file", "File with the password of --basic-auth.username, read for each try.").
+			StringVar(&f.passwordFile)
 		command.Flag("push-timeout", "How long pushing may take, all tries together.").
 			Default("30s").DurationVar(&f.timeout)
 	}
@@ -138,11 +146,100 @@ func (f *flags) pusher() (p *jobrun.Pusher, usage bool, err error) {
 		// Where the environment says it, all jobs of a host would stand still.
 		return nil, f.job.urlSet, err
 	}
+	if target.Authorize, usage, err = f.pushCredentials(); err != nil {
+		return nil, usage, err
+	}
 	if target.TLS, err = config.NewTLSConfig(&f.tls); err != nil {
 		return nil, false, fmt.Errorf("TLS for pushes: %w", err)
 	}
 	p, err = jobrun.NewPusher(target)
 	return p, false, err
+}
+
+// pushCredentials returns what adds the credentials of the flags to the header of a push;
+// nil where there are none. usage is as in pusher.
+func (f *flags) pushCredentials() (authorize func(http.Header) error, usage bool, err error) {
+	var inURL bool
+	if f.job.urlSet && !strings.HasPrefix(f.job.url, "unix:") {
+		raw := f.job.url
+		if !strings.Contains(raw, "://") {
+			raw = "http://" + raw
+		}
+		u, err := url.Parse(raw)
+		inURL = err == nil && u.User != nil
+		if inURL {
+			if _, has := u.User.Password(); has {
+				warn("everybody on this host can read the password of --push-url in the list of processes; use --basic-auth.password-file, or " + pushURLVariable)
+			}
+		}
+	}
+	basic := f.job.user != "" || f.job.passwordFile != ""
+	switch {
+	case f.tokenFile != "" && basic:
+		return nil, true, errors.New("there are --token-file and --basic-auth.*: give one of them")
+	case inURL && (f.tokenFile != "" || basic):
+		return nil, true, errors.New("there are a user in --push-url and --token-file or --basic-auth.*: give one of them")
+	case basic && (f.job.user == "" || f.job.passwordFile == ""):
+		return nil, true, errors.New("--basic-auth.username and --basic-auth.password-file go together")
+	case strings.Contains(f.job.user, ":"):
+		return nil, true, errors.New("--basic-auth.username: a user has no colon in the name")
+	case f.tokenFile != "":
+		authorize = func(h http.Header) error {
+			token, err := readSecret(f.tokenFile)
+			if err == nil && strings.ContainsFunc(token, func(c rune) bool { return c <= ' ' || c > '~' }) {
+				err = fmt.Errorf("%s: a token is one word of printable ASCII", f.tokenFile)
+			}
+			if err != nil {
+				return fmt.Errorf("--token-file: %w", err)
+			}
+			h.Set("Authorization", "Bearer "+token)
+			return nil
+		}
+	case basic:
+		authorize = func(h http.Header) error {
+			password, err := readSecret(f.job.passwordFile)
+			if err != nil {
+				return fmt.Errorf("--basic-auth.password-file: %w", err)
+			}
+			(&http.Request{Header: h}).SetBasicAuth(f.job.user, password)
+			return nil
+		}
+	default:
+		return nil, false, nil
+	}
+	// Said ahead of the job, not hours later.
+	return authorize, false, authorize(http.Header{})
+}
+
+// maxSecret bounds a secret in bytes: it has to go through as a header field.
+const maxSecret = 4 << 10
+
+// readSecret returns what is in a file, without white space around it. Its errors do not
+// repeat that.
+func readSecret(file string) (string, error) {
+	info, err := os.Stat(file) // opening a pipe would wait for its writer
+	if err != nil {
+		return "", err
+	}
+	if !info.Mode().IsRegular() {
+		return "", fmt.Errorf("%s is no regular file; it is read for each try", file)
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxSecret+1))
+	secret := strings.TrimSpace(string(text))
+	switch {
+	case err != nil:
+		return "", err
+	case len(text) > maxSecret:
+		return "", fmt.Errorf("%s is larger than %d bytes", file, maxSecret)
+	case secret == "":
+		return "", fmt.Errorf("%s is empty", file)
+	}
+	return secret, nil
 }
 
 // warn writes one line to standard error.

@@ -48,6 +48,9 @@ type Target struct {
 	// URL is the base URL of a push endpoint, http or https, with a user and a
 	// password where it wants them; HOST:PORT; or unix:PATH of a socket.
 	URL string
+	// Authorize, if not nil, adds the credentials to the header of each try, in place of
+	// the user in URL. Where it fails, so does the try.
+	Authorize func(http.Header) error
 	// TLS is used towards https. Nil means the defaults of crypto/tls.
 	TLS *tls.Config
 	// Group is the grouping key.
@@ -61,15 +64,16 @@ type Target struct {
 type Pusher struct {
 	client *http.Client
 	url    url.URL // of the group
-	user   *url.Userinfo
-	shown  string // the endpoint, without credentials
-	group  gateway.Key
+	shown  string  // the endpoint, without credentials
+	// authorize adds credentials to a header. Nil means that there are none.
+	authorize func(http.Header) error
+	group     gateway.Key
 }
 
 // NewPusher returns an error that names what is wrong with the target.
 func NewPusher(t Target) (*Pusher, error) {
 	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: t.TLS, DisableKeepAlives: true}
-	p := &Pusher{group: t.Group}
+	p := &Pusher{group: t.Group, authorize: t.Authorize}
 	if path, ok := strings.CutPrefix(t.URL, "unix:"); ok {
 		if path == "" {
 			return nil, fmt.Errorf("push URL %q: the path is missing; it looks like unix:/run/culvert/push.sock", t.URL)
@@ -88,18 +92,30 @@ func NewPusher(t Target) (*Pusher, error) {
 		switch {
 		case err != nil:
 			if reason, ok := errors.AsType[*url.Error](err); ok {
-				err = reason.Err // the whole error would repeat a password
+				err = reason.Err
+			}
+			if strings.Contains(raw, "@") { // the reason may repeat a part of the password
+				err = errors.New("it can't be read; write what is special in the user and the password as in %2F")
 			}
 			return nil, fmt.Errorf("push URL: %w; it looks like %s or unix:/run/culvert/push.sock", err, DefaultURL)
 		case u.Scheme != "http" && u.Scheme != "https":
 			return nil, fmt.Errorf("push URL %q: scheme %q is not http, https or unix", u.Redacted(), u.Scheme)
+		case strings.Contains(u.Path, "@"): // what comes would show it
+			return nil, errors.New("push URL: there is an @ behind the host; write what is special in the user and the password as in %2F")
 		case u.Hostname() == "":
 			return nil, fmt.Errorf("push URL %q: the host is missing", u.Redacted())
 		case u.RawQuery != "" || u.Fragment != "":
 			return nil, fmt.Errorf("push URL %q: a query or fragment has no meaning here", u.Redacted())
 		}
-		p.url, p.user, p.shown = *u, u.User, u.Redacted()
+		p.url, p.shown = *u, u.Redacted()
 		p.url.User = nil
+		if u.User != nil && p.authorize == nil {
+			p.authorize = func(h http.Header) error {
+				password, _ := u.User.Password()
+				(&http.Request{Header: h}).SetBasicAuth(u.User.Username(), password)
+				return nil
+			}
+		}
 	}
 	path := strings.TrimRight(p.url.EscapedPath(), "/") + groupPath(t.Group)
 	var err error
@@ -120,7 +136,8 @@ func NewPusher(t Target) (*Pusher, error) {
 	p.url.RawQuery = query.Encode()
 	p.client = &http.Client{Transport: transport, CheckRedirect: func(r *http.Request, via []*http.Request) error {
 		// After a 301 or 302 the client would GET, and take the answer to that for success.
-		if r.Method != via[0].Method || len(via) > 5 {
+		// Credentials that were meant for https stay there.
+		if r.Method != via[0].Method || len(via) > 5 || via[0].URL.Scheme == "https" && r.URL.Scheme != "https" {
 			return http.ErrUseLastResponse
 		}
 		return nil
@@ -259,9 +276,10 @@ func (p *Pusher) try(ctx context.Context, push Push, body []byte, add bool) (arr
 		return false, 0, fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	req.Header.Set("Content-Type", push.ContentType)
-	if p.user != nil {
-		password, _ := p.user.Password()
-		req.SetBasicAuth(p.user.Username(), password)
+	if p.authorize != nil {
+		if err := p.authorize(req.Header); err != nil {
+			return false, 0, err
+		}
 	}
 	resp, err := p.client.Do(req)
 	if err != nil {
@@ -287,6 +305,9 @@ func (p *Pusher) try(ctx context.Context, push Push, body []byte, add bool) (arr
 	}
 	if resp.StatusCode == http.StatusNotFound {
 		reason += "; is that the address of a push endpoint?"
+	}
+	if resp.StatusCode == http.StatusUnauthorized && p.authorize == nil {
+		reason += "; give it a token with --token-file, a user with --basic-auth.username and --basic-auth.password-file, or a certificate with --tls.cert"
 	}
 	err = fmt.Errorf("it answered %s: %.500s", resp.Status, reason)
 	switch status := resp.StatusCode; {
