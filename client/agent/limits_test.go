@@ -58,7 +58,9 @@ func TestMaxConcurrent(t *testing.T) {
 	var waiting sync.WaitGroup
 	for _, p := range []*testProxy{left, right} {
 		for _, scrape := range []string{"http://node.web-1/metrics", "http://web-1:" + port + "/metrics", "http://app.web-1/metrics", "http://agent.web-1/metrics"} {
-			waiting.Go(func() { p.want(scrape, 429, `agent "web-1" has 3 scrapes running (--scrape.max-concurrent of the agent)`) })
+			waiting.Go(func() {
+				p.want(scrape, 429, `agent "web-1" has 3 scrapes running (--scrape.max-concurrent of the agent)`)
+			})
 		}
 		p.want("http://node.web-1/other", 403, "/metrics") // at once
 	}
