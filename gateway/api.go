@@ -38,6 +38,11 @@ type apiSeries struct {
 // written one by one: as Go values all of them would take many times the store.
 func (g *Gateway) ServeQuery(w http.ResponseWriter, r *http.Request) {
 	SetAPIHeaders(w.Header())
+	if err := g.store.isLoaded(); err != nil {
+		w.Header().Set("Retry-After", strconv.Itoa(retryAfter))
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
+	}
 	w.Header().Set("Content-Type", "application/json")
 	out := bufio.NewWriterSize(w, 64<<10)
 	out.WriteString(`{"status":"success","data":[`)

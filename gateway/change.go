@@ -16,6 +16,7 @@ type change struct {
 	repeated  bool   // they were made before
 	edits     []edit
 	match     func(Key) bool
+	most      int   // how many groups match may delete, 0: all
 	matched   []Key // the answer to match
 	lifetimes func(Key) Lifetime
 	result    error // as repeated and matched it is valid once its batch is done
@@ -54,6 +55,9 @@ func (s *Store) make(c *change) ([]step, error) {
 		return nil, nil
 	case c.match != nil:
 		c.matched = s.matching(c.match)
+		if c.most > 0 {
+			c.matched = c.matched[:min(c.most, len(c.matched))]
+		}
 		steps := make([]step, len(c.matched))
 		for i, key := range c.matched {
 			g := s.get(key)
@@ -155,6 +159,7 @@ func (s *Store) edit(e *edit) (*step, error) {
 func (g *group) afterPush(e *edit) state {
 	next := g.state
 	next.pushed, next.expired = unixNano(e.at), false
+	next.ahead, next.found = 0, 0
 	if e.failed != nil {
 		next.failed = unixNano(*e.failed)
 	}

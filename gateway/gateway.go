@@ -85,7 +85,7 @@ func (e badRequest) Unwrap() error { return e.err }
 
 // statusOf maps the errors of this package to HTTP.
 func statusOf(err error) int {
-	if _, ok := errors.AsType[*http.MaxBytesError](err); ok || errors.Is(err, ErrBodyTooLarge) || errors.Is(err, ErrTooManySeries) {
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok || errors.Is(err, ErrBodyTooLarge) || errors.Is(err, ErrTooManySeries) || errors.Is(err, ErrTooLarge) {
 		return http.StatusRequestEntityTooLarge
 	}
 	if _, ok := errors.AsType[forbidden](err); ok {
@@ -356,8 +356,14 @@ func (g *Gateway) ServeMetrics(w http.ResponseWriter, r *http.Request) {
 			g.store.config.Logger.Error("The server's own metrics are not complete", "err", err)
 		}
 	}
-	if only != "self" {
+	switch err := g.store.isLoaded(); {
+	case err == nil && only != "self":
 		views = g.store.views()
+	case err != nil && only == "groups":
+		// Without them all their series would seem to be gone.
+		w.Header().Set("Retry-After", strconv.Itoa(retryAfter))
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
 	}
 	expose(w, r, views, own, g.store.config.Logger)
 }

@@ -243,9 +243,9 @@ func (x *index) putEntry(g *group, n int32, before *image) {
 	switch {
 	case !f.differs:
 		f.help = m.help
-	case f.helpAt == 0 || replaces && old.pushed == f.helpAt:
+	case f.helpAt == 0 || replaces && old.pushed == f.helpAt || b.pushed == f.helpAt:
 		x.chooseHelp(f)
-	case b.pushed >= f.helpAt:
+	case b.pushed > f.helpAt:
 		f.help, f.helpAt = m.help, b.pushed
 	}
 }
@@ -292,7 +292,8 @@ func (x *index) dropEntry(g *group, b block) {
 	}
 }
 
-// chooseHelp finds the HELP of the most recent push.
+// chooseHelp finds the HELP of the most recent push; of those of one time, that of the
+// first group, so that stores that share their groups choose the same.
 func (x *index) chooseHelp(f *family) {
 	if !f.differs {
 		for f.help = range f.helps { // there is but one

@@ -45,13 +45,20 @@ func (st state) isUp(now time.Time) bool {
 // upUntil returns when push_up becomes 0: the interval and a grace of 10 %, at
 // least 1 min, after the last good push.
 func (st state) upUntil() time.Time {
-	return time.Unix(0, st.pushed).Add(st.life.Interval + max(st.life.Interval/10, time.Minute))
+	return time.Unix(0, st.pushed).Add(st.life.Interval + max(st.life.Interval/10, time.Minute) + st.ahead)
 }
 
 // expires returns when the samples go, for a state with a TTL. A refused push
 // counts too: what it left behind must not stay for ever.
 func (st state) expires() time.Time {
-	return time.Unix(0, max(st.pushed, st.failed)).Add(st.life.TTL)
+	at := time.Unix(0, max(st.pushed, st.failed)).Add(st.life.TTL + st.ahead)
+	if st.found > 0 {
+		// Which clock the push was stored by is not known; it may be that far behind.
+		if found := time.Unix(0, st.found).Add(min(st.life.TTL, maxClockSkew)); found.After(at) {
+			return found
+		}
+	}
+	return at
 }
 
 // nextChange returns when the group changes by itself.
@@ -125,7 +132,9 @@ func (s *Store) expire() {
 		s.schedule(g)
 	}
 	gone := s.spools.silentSince(now.Add(-max(s.config.ForgetAfter, minForgetSpools)))
-	if len(steps) > 0 || len(gone) > 0 {
+	if s.shared != nil {
+		s.aged(steps, gone)
+	} else if len(steps) > 0 || len(gone) > 0 {
 		s.batches = append(s.batches, &batch{steps: steps, gone: gone, aging: true, sealed: true, done: make(chan struct{})})
 	}
 }
@@ -283,5 +292,6 @@ func timeOf(h http.Header, name string, now time.Time) (*time.Time, error) {
 	return &t, nil
 }
 
-// maxClockSkew is how far ahead the clock of a client may be.
+// maxClockSkew is how far ahead the clock of a client may be, and that of a store that
+// shares its groups with others.
 const maxClockSkew = 5 * time.Minute

@@ -60,6 +60,15 @@ func newMetrics(registerer prometheus.Registerer, s *Store) *metrics {
 		counter("push_store_failed_writes_total", "Writes of the push store that failed.", func() float64 { return float64(s.stats.failedWrites.Load()) }),
 		counter("push_store_write_seconds_total", "Time spent in writes of the push store.", func() float64 { return time.Duration(s.stats.writeNanos.Load()).Seconds() }),
 	)
+	if s.shared != nil {
+		registerer.MustRegister(
+			gauge("push_store_behind_seconds", "Age of the last time at which the groups were known to be all that the shared push store had. It stays below 10 while that answers; beyond that /metrics may lack what was pushed to other proxies. NaN: they have not been read yet.", s.behind),
+			gauge("push_store_clock_ahead_seconds", "How far the clock is ahead of that of the proxy that changed the groups last. Of several proxies whose clocks differ some let groups expire late.", func() float64 { return time.Duration(s.clockOffset.Load()).Seconds() }),
+			counter("push_store_conflicts_total", "Writes that were made again because another proxy was faster.", func() float64 { return float64(s.conflicts.Load()) }),
+			counter("push_store_snapshots_total", "Times that all groups were read from the shared push store: at the start, and whenever it could not tell any more what had changed.", func() float64 { return float64(s.snapshots.Load()) }),
+			counter("push_store_damaged_records_total", "Records of the shared push store that could not be used. The log has them.", func() float64 { return float64(s.damaged.Load()) }),
+		)
+	}
 	return m
 }
 

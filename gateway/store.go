@@ -95,9 +95,15 @@ type state struct {
 	pushed, failed int64    // Unix nanoseconds, 0: never
 	named          Lifetime // by its own pushes, else unnamed
 	life           Lifetime // that counts
-	up             bool     // push_up is 1
-	expired        bool     // its samples went with the TTL
-	image          *image   // of the pushed families and the generated ones
+
+	// Of a group that another store changed: how far this clock is ahead of that one's; or,
+	// where that is not known, when it was found, in Unix nanoseconds.
+	ahead time.Duration
+	found int64
+
+	up      bool   // push_up is 1
+	expired bool   // its samples went with the TTL
+	image   *image // of the pushed families and the generated ones
 }
 
 // Store holds the groups. A change is made in memory as it comes, and is answered when
@@ -123,6 +129,8 @@ type Store struct {
 	failure atomic.Pointer[error] // of the last write, nil: it succeeded
 	probeAt time.Time             // when to try again, of Run only
 	stats   stats
+
+	sharing
 }
 
 // batch is changes that are stored together.
@@ -152,8 +160,8 @@ const (
 	probeEvery = 5 * time.Second
 )
 
-// OpenStore reads the groups from the backend, which it owns from now on.
-func OpenStore(config StoreConfig, backend Backend) (*Store, error) {
+// newStore returns a store without a backend.
+func newStore(config StoreConfig) *Store {
 	if config.Now == nil {
 		config.Now = time.Now
 	}
@@ -169,17 +177,23 @@ func OpenStore(config StoreConfig, backend Backend) (*Store, error) {
 	if config.Lifetimes == nil {
 		config.Lifetimes = func(Key) Lifetime { return Lifetime{} }
 	}
-	s := &Store{
-		config: config, backend: backend, places: semaphore.NewWeighted(queueSize), wake: make(chan struct{}, 1),
+	return &Store{
+		config: config, places: semaphore.NewWeighted(queueSize), wake: make(chan struct{}, 1),
 		index: newIndex(config.Logger), spools: newSpools(config.MaxSpools), lifetimes: config.Lifetimes,
 	}
+}
+
+// OpenStore reads the groups from the backend, which it owns from now on.
+func OpenStore(config StoreConfig, backend Backend) (*Store, error) {
+	s := newStore(config)
+	s.backend = backend
 	if b, ok := backend.(InTurn); ok {
 		s.inTurn = b.InTurn()
 	}
 	var marks []Mark
 	err := backend.Load(func(rec Record) error {
 		g := newGroup(rec.Key)
-		s.install(g, s.build(g.key, rec.state, rec.families, config.Now()))
+		s.install(g, s.build(g.key, rec.state, rec.families, s.config.Now()))
 		s.schedule(g)
 		return nil
 	}, func(m Mark) error {
@@ -209,12 +223,15 @@ func (s *Store) Run(ctx context.Context) error {
 		if s.failure.Load() != nil && !time.Now().Before(s.probeAt) {
 			s.probe()
 		}
+		s.follow()
 		if s.storeNext() {
 			continue
 		}
 		timer.Reset(s.untilTimer())
 		select {
 		case <-s.wake:
+		case u := <-s.updates:
+			s.takeUpdate(u)
 		case <-timer.C:
 		case <-ctx.Done():
 		}
@@ -224,6 +241,9 @@ func (s *Store) Run(ctx context.Context) error {
 	s.mu.Unlock()
 	for s.storeNext() {
 	}
+	if s.shared != nil {
+		return s.shared.Close()
+	}
 	return s.backend.Close()
 }
 
@@ -231,6 +251,9 @@ func (s *Store) untilTimer() time.Duration {
 	wait := time.Hour
 	if s.failure.Load() != nil {
 		wait = max(time.Until(s.probeAt), 0)
+	}
+	if persist, aged := s.persistWait(); aged {
+		wait = min(wait, persist)
 	}
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -241,9 +264,12 @@ func (s *Store) untilTimer() time.Duration {
 }
 
 // Err returns why pushes can't be taken now: the last write failed, or too much
-// waits for its turn. After a failed write the store tries to write every few
+// waits for its turn, or the groups may lack what other stores changed. After a failed write the store tries to write every few
 // seconds, so it becomes nil by itself when the reason is gone.
 func (s *Store) Err() error {
+	if err := s.sharingErr(); err != nil {
+		return err
+	}
 	if p := s.failure.Load(); p != nil {
 		return fmt.Errorf("%w: %w", ErrUnavailable, *p)
 	}
@@ -281,7 +307,14 @@ func (s *Store) wrote(err error) {
 
 // probe tries whether the store can write again.
 func (s *Store) probe() {
-	if err := s.backend.Probe(); err != nil {
+	probe := s.probeShared
+	if s.shared == nil {
+		probe = s.backend.Probe
+	} else if !s.answersAgain() {
+		s.probeAt = time.Now().Add(time.Second)
+		return
+	}
+	if err := probe(); err != nil {
 		s.wrote(err)
 		return
 	}
@@ -407,6 +440,11 @@ func (s *Store) storeNext() bool {
 	}
 	b := s.batches[0]
 	b.sealed = true
+	if s.shared != nil {
+		s.mu.Unlock()
+		s.storeShared()
+		return true
+	}
 	if s.inTurn {
 		for _, c := range b.changes {
 			s.makeIn(b, c)
@@ -460,8 +498,8 @@ func (s *Store) fail(batches []*batch, err error) {
 	s.renewLifetimes() // they may have changed since what is there again was made
 }
 
-// store hands the last state of each changed group to the backend, with the marks.
-func (s *Store) store(steps []step, marks []Mark) error {
+// lastChanges returns the last state of each changed group.
+func lastChanges(steps []step) []Change {
 	last := map[string]Change{}
 	for _, st := range steps {
 		ch := Change{ID: st.group.id}
@@ -472,11 +510,17 @@ func (s *Store) store(steps []step, marks []Mark) error {
 		}
 		last[ch.ID] = ch
 	}
-	if len(last) == 0 && len(marks) == 0 {
+	return slices.Collect(maps.Values(last))
+}
+
+// store hands the last state of each changed group to the backend, with the marks.
+func (s *Store) store(steps []step, marks []Mark) error {
+	changes := lastChanges(steps)
+	if len(changes) == 0 && len(marks) == 0 {
 		return nil
 	}
 	start := time.Now()
-	err := s.backend.Apply(slices.Collect(maps.Values(last)), marks)
+	err := s.backend.Apply(changes, marks)
 	s.stats.writeNanos.Add(int64(time.Since(start)))
 	s.wrote(err)
 	return err
@@ -503,6 +547,9 @@ func (s *Store) SetLifetimes(ctx context.Context, lifetimes func(Key) Lifetime) 
 // returns their keys, sorted.
 func (s *Store) Delete(ctx context.Context, match func(Key) bool, dry bool) ([]Key, error) {
 	c := &change{match: match}
+	if err := s.isLoaded(); err != nil {
+		return nil, err
+	}
 	if dry {
 		s.mu.RLock()
 		defer s.mu.RUnlock()
