@@ -311,6 +311,9 @@ func (s *Server) visibleAgents(r *http.Request) []fleet.Info {
 	id, infos := s.identity(r), s.fleet.Agents()
 	visible := infos[:0]
 	for _, info := range infos {
+		if s.cluster != nil { // the list is alike on every proxy; GET of one agent tells
+			info.RTTSeconds, info.Streams = 0, nil
+		}
 		if id.MayScrape(info.Name) {
 			visible = append(visible, info)
 		}
@@ -449,7 +452,10 @@ func (s *Server) watchAccess(ctx context.Context) {
 		}
 		s.mu.Lock()
 		for t := range s.tunnels {
-			if t.identity = roles.Renew(t.identity); !t.identity.MayScrape(t.conn.Agent) {
+			if t.identity == otherProxy { // which looks after it
+				continue
+			}
+			if t.identity = roles.Renew(t.identity); !t.identity.MayScrape(t.agent) {
 				t.stream.Close()
 				t.scraper.Close()
 			}
