@@ -93,6 +93,7 @@ type Cluster struct {
 	pins  Pins         // the same
 
 	ready  chan struct{} // closed once there is a client
+	first  chan struct{} // closed once there was a lease
 	client atomic.Pointer[clientv3.Client]
 	secret atomic.Pointer[string]
 	lease  atomic.Int64  // 0: none
@@ -139,7 +140,7 @@ func New(config Config, logger *slog.Logger, registry prometheus.Registerer) (*C
 	}
 	c := &Cluster{
 		config: config, prefix: config.Prefix + "fleet/", logger: logger, etcdTLS: etcdTLS,
-		ready: make(chan struct{}), loaded: make(chan struct{}), resync: make(chan struct{}, 1), leased: make(chan struct{}, 1),
+		ready: make(chan struct{}), first: make(chan struct{}), loaded: make(chan struct{}), resync: make(chan struct{}, 1), leased: make(chan struct{}, 1),
 		peers: map[string]Peer{}, heard: time.Now(), peerHTTP: newPeerTransport(peerTLS),
 		writer: writer{dirty: map[string]struct{}{}, work: make(chan struct{}, 1)},
 	}
@@ -278,6 +279,10 @@ func (c *Cluster) keepLease(ctx context.Context) {
 		case err == nil:
 			if trouble != "" {
 				c.logger.Info("etcd answers again")
+				select {
+				case c.resync <- struct{}{}: // what could not be written meanwhile
+				default:
+				}
 			}
 			trouble = ""
 			select {
@@ -322,7 +327,9 @@ func (c *Cluster) renew(ctx context.Context) error {
 		return err
 	}
 	c.lease.Store(int64(granted.ID))
-	c.leases++
+	if c.leases++; c.leases == 1 {
+		close(c.first)
+	}
 	c.hear()
 	c.fleet.Unsaved()
 	c.writer.wake()

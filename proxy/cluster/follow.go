@@ -45,6 +45,11 @@ const (
 
 // follow loads what is in etcd and takes the others' changes, until ctx ends.
 func (c *Cluster) follow(ctx context.Context) {
+	select {
+	case <-c.first:
+	case <-ctx.Done():
+		return
+	}
 	for trouble := ""; ctx.Err() == nil; {
 		err := c.followOnce(ctx)
 		c.mu.Lock()

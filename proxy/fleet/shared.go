@@ -95,13 +95,13 @@ type sharing struct {
 	lost              bool            // the record says so
 	lostAt            time.Time       // what it says then
 	lostReason        string
-	held              int64           // the highest revision of a session that was seen
-	own               int64           // the revision of this proxy's session
-	learned           time.Time       // when this proxy got to know that the agent is lost
-	put               *Conn           // the session that is written
-	dirty             bool            // the record has to be written
-	forget            bool            // the record has to be deleted, if nobody has come back
-	generation        uint64          // counts what makes it dirty
+	held              int64     // the highest revision of a session that was seen
+	own               int64     // the revision of this proxy's session
+	learned           time.Time // when this proxy got to know that the agent is lost
+	put               *Conn     // the session that is written
+	dirty             bool      // the record has to be written
+	forget            bool      // the record has to be deleted, if nobody has come back
+	generation        uint64    // counts what makes it dirty
 }
 
 // isConnected reports whether some proxy holds a session. It is called with mu held.
@@ -490,7 +490,9 @@ func (f *Fleet) Load(s Snapshot) {
 				f.share(a, a.lost)
 			}
 			if !a.isConnected() && was[name] {
-				a.since, a.learned = now.UTC(), now
+				if a.learned = now; !a.lost {
+					a.since, a.reason = now.UTC(), "no proxy holds a session of it"
+				}
 				f.changed(a)
 			}
 			continue

@@ -412,7 +412,7 @@ const recheckEvery = time.Second
 // watchAccess ends what goes on under credentials that don't count any more, after
 // each reload and as they expire, until ctx ends.
 func (s *Server) watchAccess(ctx context.Context) {
-	seen := s.access.Roles().Stamped()
+	seen, replaced := s.access.Roles().Stamped(), s.pins.Replaced()
 	tick := time.NewTicker(recheckEvery)
 	defer tick.Stop()
 	for {
@@ -434,7 +434,16 @@ func (s *Server) watchAccess(ctx context.Context) {
 		s.mu.Lock()
 		conns := slices.Collect(maps.Keys(s.conns))
 		s.mu.Unlock()
+		// Two proxies may have pinned a name while they could not reach etcd.
+		otherKeys := s.pins.Replaced()
+		recheckKeys := otherKeys != replaced && !roles.Open()
+		replaced = otherKeys
 		for _, conn := range conns {
+			if recheckKeys && conn.registered.Load() && s.pins.Check(conn.Agent, conn.key) != nil && conn.Err() == nil {
+				s.logger.Warn("Agent disconnected: its name is pinned to the key that another proxy was shown first", "agent", conn.Agent, "from", conn.RemoteAddr)
+				s.sessions.start(func() { conn.Close() })
+				continue
+			}
 			before := conn.identity.Load()
 			id := roles.Renew(before)
 			conn.identity.Store(id)

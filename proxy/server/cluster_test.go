@@ -2,13 +2,18 @@ package server_test
 
 import (
 	"bufio"
-	"context"
+	"bytes"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
+	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,6 +23,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/protocol"
 	"github.com/culvert-io/culvert/proxy/server"
 )
 
@@ -211,5 +217,389 @@ func TestClusterDiscovery(t *testing.T) {
 	alike(t, discoveryPaths, a, b, late)
 }
 
-var _ = bufio.NewReader
-var _ = context.Background
+// Each scrape through the proxy that holds the agent, and through one that doesn't, has to
+// have the same answer.
+func TestClusterForwards(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	a, b := newMember(t, e, nil), newMember(t, e, nil)
+	release := make(chan struct{})
+	_, port := newTarget(t, func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/headers":
+			for _, name := range []string{"Authorization", "Proxy-Authorization", "X-Prometheus-Scrape-Timeout-Seconds", "Culvert-Peer", "Culvert-Peer-Agent", "Culvert-Peer-Timeout", "X-Forwarded-For", "Accept-Encoding", "User-Agent"} {
+				fmt.Fprintf(w, "%s=%q\n", name, r.Header.Values(name))
+			}
+		case "/large":
+			w.Write(bytes.Repeat([]byte("metric_of_some_length 1\n"), 200_000))
+		case "/teapot":
+			w.Header().Set("X-Kind", "pot")
+			w.WriteHeader(http.StatusTeapot)
+			fmt.Fprint(w, "short and stout")
+		case "/posted":
+			body, _ := io.ReadAll(r.Body)
+			fmt.Fprintf(w, "%s %q", r.Method, body)
+		case "/broken":
+			w.Header().Set("Content-Length", "1000")
+			fmt.Fprint(w, "half")
+			panic(http.ErrAbortHandler)
+		case "/chunked-broken":
+			fmt.Fprint(w, "half")
+			http.NewResponseController(w).Flush()
+			panic(http.ErrAbortHandler)
+		case "/slow":
+			select {
+			case <-release:
+			case <-r.Context().Done():
+			}
+		default:
+			fmt.Fprintln(w, "up 1")
+		}
+	})
+	defer close(release)
+	newAgent(t, a, func(c *agent.Config) {
+		c.Allow = []agent.PortRange{{First: portNumber(t, port), Last: portNumber(t, port)}, {First: 1, Last: 1}}
+		c.Hosts = []agent.Host{{Name: "*.lan", Address: "127.0.0.1"}}
+		c.Targets = []agent.Target{{Name: "node", URL: "http://127.0.0.1:" + port + "/metrics"}}
+	})
+	b.holds("web-1", true)
+	lost := newAgent(t, a, func(c *agent.Config) { c.Name = "lost" })
+	lost.stop()
+	b.holds("lost", false)
+	compare := func(method, target string, header ...string) {
+		t.Run(method+" "+target, func(t *testing.T) {
+			local, passed := a.send(method, target, header...), b.send(method, target, header...)
+			age := regexp.MustCompile(`\d+ s ago`)
+			for _, h := range []http.Header{local.header, passed.header} {
+				h.Del("Date")
+				if age.MatchString(local.reason) { // it may have one more digit
+					h.Del("Content-Length")
+				}
+			}
+			local.reason, passed.reason = age.ReplaceAllString(local.reason, ""), age.ReplaceAllString(passed.reason, "")
+			local.body, passed.body = age.ReplaceAllString(local.body, ""), age.ReplaceAllString(passed.body, "")
+			local.header.Set(protocol.HeaderMessage, age.ReplaceAllString(local.header.Get(protocol.HeaderMessage), ""))
+			passed.header.Set(protocol.HeaderMessage, age.ReplaceAllString(passed.header.Get(protocol.HeaderMessage), ""))
+			if local.code != passed.code || local.reason != passed.reason || local.body != passed.body || !reflect.DeepEqual(local.header, passed.header) || isBroken(local.err) != isBroken(passed.err) {
+				t.Errorf("here: %d %q %v %.300q, %v\nthere: %d %q %v %.300q, %v", local.code, local.reason, local.header, local.body, local.err, passed.code, passed.reason, passed.header, passed.body, passed.err)
+			}
+			t.Logf("%d %q, %d bytes, %v", passed.code, passed.reason, len(passed.body), passed.err)
+		})
+	}
+	web := "http://web-1:" + port
+	compare("GET", web+"/metrics?x=%2F")
+	compare("HEAD", web+"/metrics")
+	compare("GET", "http://node.web-1/metrics")
+	compare("GET", "http://node.web-1/metrics?", "If-None-Match: x", "Accept-Encoding: identity", "X-Prometheus-Scrape-Timeout-Seconds: nonsense", "Range: bytes=0-0")
+	compare("GET", "http://deep.db.lan:"+port+"/metrics")
+	compare("GET", "/scrape/web-1/node/metrics")
+	compare("GET", "/scrape/web-1/"+port+"/teapot")
+	compare("GET", web+"/headers", "Authorization: Basic eDp5", "Proxy-Authorization: Bearer x", "X-Prometheus-Scrape-Timeout-Seconds: 7", "X-Forwarded-For: 1.2.3.4", "Culvert-Peer-Agent: other")
+	compare("GET", web+"/large")
+	compare("GET", web+"/large", "Accept-Encoding: gzip")
+	compare("GET", web+"/teapot")
+	compare("HEAD", web+"/teapot")
+	compare("GET", web+"/broken")
+	compare("GET", web+"/chunked-broken")
+	compare("GET", "http://web-1:1/metrics")
+	compare("GET", "http://web-1:2/metrics")
+	compare("HEAD", "http://web-1:2/metrics")
+	compare("GET", "http://other.web-1/metrics")
+	compare("GET", "http://node.web-1/other")
+	compare("GET", "http://nobody/metrics")
+	compare("GET", "http://lost/metrics")
+	compare("GET", web+"/slow", "X-Prometheus-Scrape-Timeout-Seconds: 0.4")
+	compare("CONNECT", "web-1:1")
+	compare("CONNECT", "web-1:2")
+	compare("CONNECT", "nobody:1")
+	compare("CONNECT", "lost:1")
+	compare("CONNECT", "web-1")
+
+	t.Run("POST", func(t *testing.T) {
+		request := "POST " + web + "/posted HTTP/1.1\r\nHost: web-1:" + port + "\r\nContent-Length: 4\r\n\r\nbody"
+		local, passed := raw(t, a.addr, request), raw(t, b.addr, request)
+		if local.code != 200 || local.body != `POST "body"` || passed.body != local.body {
+			t.Errorf("here: %d %q, there: %d %q", local.code, local.body, passed.code, passed.body)
+		}
+	})
+	t.Run("CONNECT", func(t *testing.T) {
+		conn := rawConn(t, b.addr)
+		fmt.Fprintf(conn, "CONNECT web-1:%s HTTP/1.1\r\nHost: web-1\r\n\r\nGET /metrics HTTP/1.1\r\nHost: web-1\r\nConnection: close\r\n\r\n", port)
+		r := bufio.NewReader(conn)
+		if got := readAnswer(r, http.MethodConnect); got.code != http.StatusOK || len(got.header) != 0 {
+			t.Fatalf("CONNECT: %d %q %v %v", got.code, got.reason, got.header, got.err)
+		}
+		readAnswer(r, http.MethodGet).ok(t, "up 1")
+		if rest, err := io.ReadAll(r); len(rest) > 0 || err != nil {
+			t.Errorf("after the end: %q, %v", rest, err)
+		}
+	})
+	if metrics := b.get("/metrics").body; !strings.Contains(metrics, `culvert_proxy_cluster_forwarded_scrapes_total{outcome="ok"}`) || strings.Contains(metrics, `forwarded_scrapes_total{outcome="ok"} 0`) {
+		t.Errorf("nothing was forwarded:\n%s", metrics)
+	}
+	if metrics := a.get("/metrics").body; strings.Contains(metrics, `outcome="unreachable"} 1`) {
+		t.Errorf("a proxy was unreachable:\n%s", metrics)
+	}
+}
+
+func portNumber(t *testing.T, port string) uint16 {
+	t.Helper()
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return uint16(n)
+}
+
+// What comes to the address for proxies has to show the cluster's secret, and goes no
+// further than to the agents of that proxy.
+func TestClusterPeerListener(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	a, b := newMember(t, e, nil), newMember(t, e, nil)
+	_, port := newTarget(t, nil)
+	newAgent(t, a, allowAll)
+	b.holds("web-1", true)
+	address := map[*testProxy]string{}
+	for _, p := range []*testProxy{a, b} {
+		found := regexp.MustCompile(`Listening address=(\S+) tls=false for="other proxies"`).FindStringSubmatch(p.logs.String())
+		address[p] = found[1]
+	}
+	got, err := e.client().Get(t.Context(), "/culvert/fleet/secret")
+	if err != nil || len(got.Kvs) != 1 {
+		t.Fatalf("the secret: %v, %v", got, err)
+	}
+	secret := string(got.Kvs[0].Value)
+	send := func(p *testProxy, line, secret, more string) answer {
+		return raw(t, address[p], line+" HTTP/1.1\r\nHost: web-1:"+port+"\r\nProxy-Authorization: Bearer "+secret+"\r\nCulvert-Peer: x\r\nCulvert-Peer-Agent: web-1\r\nCulvert-Peer-Timeout: 3\r\n"+more+"\r\n")
+	}
+	get := "GET http://web-1:" + port + "/metrics"
+	send(a, get, secret, "").ok(t, "up 1")
+	for _, wrong := range []string{"", "x", secret + "x", secret[1:]} {
+		for _, line := range []string{get, "CONNECT web-1:" + port, "GET /metrics", "POST /v1/alive"} {
+			if got := send(a, line, wrong, ""); got.code != http.StatusProxyAuthRequired {
+				t.Errorf("%s with a wrong secret: %d %q", line, got.code, got.reason)
+			}
+		}
+	}
+	// The agent is at the other proxy: this one must not pass it on.
+	for _, line := range []string{get, "CONNECT web-1:" + port} {
+		got := send(b, line, secret, "")
+		if got.code != http.StatusServiceUnavailable || got.header.Get("Culvert-Peer-Held") != "no" || got.header.Get("Culvert-Error") != "agent-offline" {
+			t.Errorf("%s: %d %q %v", line, got.code, got.reason, got.header)
+		}
+	}
+	for _, line := range []string{"GET /metrics", "GET /clients", "GET /tunnel", "PUT /metrics/job/x", "DELETE /api/v1/agents/web-1"} {
+		if got := send(a, line, secret, ""); got.code != http.StatusNotFound {
+			t.Errorf("%s: %d %q", line, got.code, got.reason)
+		}
+	}
+	// A wrong --cluster.advertise-url may lead to the address for scrapers.
+	a.get("http://web-1:"+port+"/metrics", "Culvert-Peer: x").refused(t, http.StatusMisdirectedRequest, "misdirected", "--cluster.advertise-url")
+}
+
+// A proxy that another one can't reach, or that is none, is told by name, and other ways
+// are taken where there are some.
+func TestClusterUnreachablePeer(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	nobody := "http://" + freeAddress(t)
+	wrong, _ := newTarget(t, nil)
+	front := newMember(t, e, func(c *server.Config) { c.ReconnectWait = 300 * time.Millisecond })
+	for _, c := range []struct{ url, says string }{{nobody, "refused"}, {wrong, "something else answered"}} {
+		hidden := newMember(t, e, func(config *server.Config) { config.Cluster.AdvertiseURL = c.url })
+		_, port := newTarget(t, nil)
+		hiding := newAgent(t, hidden, func(c *agent.Config) { c.Name = "hidden"; allowAll(c) })
+		front.holds("hidden", true)
+		for _, target := range []string{"GET http://hidden:" + port + "/metrics", "CONNECT hidden:" + port} {
+			method, target, _ := strings.Cut(target, " ")
+			front.send(method, target).refused(t, http.StatusBadGateway, "peer-unreachable", c.says)
+		}
+		// A second proxy that holds it is a way.
+		seen := newMember(t, e, nil)
+		both := newAgent(t, hidden, func(c *agent.Config) {
+			c.Name, c.ProxyURLs = "both", []string{hidden.url, seen.url}
+			allowAll(c)
+		})
+		both.logs.waitN(t, 2, "msg=Connected")
+		eventually(t, "both proxies hold it", func() bool { return strings.Count(front.get("/api/v1/agents/both").body, `"id":`) == 2 })
+		for range 10 {
+			front.get("http://both:"+port+"/metrics").ok(t, "up 1")
+		}
+		hiding.stop()
+		both.stop()
+		hidden.stop()
+		seen.stop()
+	}
+}
+
+// Names are unique over all proxies, whichever is asked.
+func TestClusterNames(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	a, b := newMember(t, e, nil), newMember(t, e, nil)
+	first := register(t, a, "web-1", "aaaa", protocol.Registration{Targets: []protocol.Target{{Name: "node", Path: "/metrics"}}, Hosts: []string{"db.lan"}})
+	b.holds("web-1", true)
+	try := func(name, instance string, reg protocol.Registration) error {
+		s := dial(t, b, name, instance)
+		defer s.Close()
+		return s.Register(t.Context(), &reg)
+	}
+	wantRefusal(t, try("node.web-1", "bbbb", protocol.Registration{}), http.StatusConflict, protocol.CodeCollision, "web-1")
+	wantRefusal(t, try("db.lan", "bbbb", protocol.Registration{}), http.StatusConflict, protocol.CodeCollision, "web-1")
+	wantRefusal(t, try("other", "bbbb", protocol.Registration{Hosts: []string{"web-1"}}), http.StatusConflict, protocol.CodeCollision, "web-1")
+	wantRefusal(t, try("other", "bbbb", protocol.Registration{Hosts: []string{"node.web-1"}}), http.StatusConflict, protocol.CodeCollision, "web-1")
+	wantRefusal(t, try("web-1", "bbbb", protocol.Registration{}), http.StatusConflict, protocol.CodeTaken, "another proxy")
+	// The same process through a second proxy is the normal case.
+	second := register(t, b, "web-1", "aaaa", protocol.Registration{Targets: []protocol.Target{{Name: "node", Path: "/metrics"}}, Hosts: []string{"db.lan"}})
+	if err := second.Leave(t.Context()); err != nil {
+		t.Errorf("leave: %v", err)
+	}
+	for _, p := range []*testProxy{a, b} {
+		eventually(t, "the agent has left", func() bool { return p.get("/clients").body == "[]" })
+	}
+	received(t, first.Done(), "the other session's end")
+	if err := try("db.lan", "bbbb", protocol.Registration{}); err != nil {
+		t.Errorf("the name is free again: %v", err)
+	}
+}
+
+// Without etcd, each proxy goes on with what it knows; what came meanwhile is told to the
+// others when etcd is back.
+func TestClusterWithoutEtcd(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	a, b := newMember(t, e, nil), newMember(t, e, nil)
+	_, port := newTarget(t, nil)
+	newAgent(t, a, func(c *agent.Config) { c.Name = "one"; allowAll(c) })
+	gone := newAgent(t, b, func(c *agent.Config) { c.Name = "gone"; allowAll(c) })
+	a.holds("gone", true)
+	b.holds("one", true)
+	e.stop()
+	a.logs.wait(t, "etcd does not answer")
+	b.logs.wait(t, "etcd does not answer")
+	newAgent(t, a, func(c *agent.Config) { c.Name = "new"; allowAll(c) })
+	gone.stop()
+	for range 3 {
+		a.get("http://one:"+port+"/metrics").ok(t, "up 1")
+		a.get("http://new:"+port+"/metrics").ok(t, "up 1")
+		b.get("http://one:"+port+"/metrics").ok(t, "up 1") // its proxy is known
+	}
+	b.get("http://gone:"+port+"/metrics").refused(t, http.StatusServiceUnavailable, protocol.CodeAgentOffline)
+	for path, names := range map[string][]string{"/clients": {`"one"`, `"new"`, `"gone"`}, "/metrics": {"culvert_proxy_cluster_etcd_up 0"}} {
+		for _, name := range names {
+			if got := a.get(path); got.code != http.StatusOK || !strings.Contains(got.body, name) {
+				t.Errorf("%s without etcd lacks %s: %d %.300q", path, name, got.code, got.body)
+			}
+		}
+	}
+	e.start()
+	a.logs.wait(t, "etcd answers again")
+	b.logs.wait(t, "etcd answers again")
+	b.holds("new", true)
+	b.get("http://new:"+port+"/metrics").ok(t, "up 1")
+	a.holds("gone", false)
+	alike(t, discoveryPaths, a, b)
+	if got := a.get("/metrics").body; !strings.Contains(got, "culvert_proxy_cluster_etcd_up 1") {
+		t.Error("culvert_proxy_cluster_etcd_up does not say that etcd is back")
+	}
+}
+
+// An etcd that lost everything gets it again from the proxies, lost agents included.
+func TestClusterEtcdAnew(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	a, b := newMember(t, e, nil), newMember(t, e, nil)
+	newAgent(t, a, func(c *agent.Config) { c.Name = "one" })
+	lost := newAgent(t, b, func(c *agent.Config) { c.Name = "lost" })
+	lost.stop()
+	a.holds("lost", false)
+	e.stop()
+	e.args[1] = "--data-dir=" + filepath.Join(t.TempDir(), "etcd")
+	e.start()
+	a.logs.wait(t, "etcd was set up anew")
+	b.logs.wait(t, "etcd was set up anew")
+	late := newMember(t, e, nil)
+	late.holds("one", true)
+	late.holds("lost", false)
+	alike(t, discoveryPaths, a, b, late)
+}
+
+// A proxy that starts while etcd is away answers from what it kept, and takes agents.
+func TestClusterStartWithoutEtcd(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	dir := t.TempDir()
+	a := newMember(t, e, func(c *server.Config) { c.StoragePath = dir })
+	other := newMember(t, e, nil)
+	newAgent(t, other, func(c *agent.Config) { c.Name = "one" })
+	a.holds("one", true)
+	a.stop()
+	e.stop()
+	again := newProxy(t, func(c *server.Config) {
+		c.StoragePath, c.Fleet.SettleTime = dir, time.Hour
+		c.Cluster.Endpoints, c.Cluster.ListenAddress, c.Cluster.TTL = []string{e.url}, "127.0.0.1:0", 2*time.Second
+	})
+	again.holds("one", false) // nobody told otherwise
+	newAgent(t, again, func(c *agent.Config) { c.Name = "two" })
+	again.holds("two", true)
+	e.start()
+	other.holds("two", true)
+	again.holds("one", true)
+	alike(t, discoveryPaths, again, other)
+}
+
+// Lost agents are forgotten once, by whichever proxy.
+func TestClusterForgets(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	short := func(c *server.Config) { c.Fleet.ForgetAfter = time.Second }
+	a, b := newMember(t, e, short), newMember(t, e, short)
+	stays := newAgent(t, a, func(c *agent.Config) { c.Name = "stays" })
+	lost := newAgent(t, a, func(c *agent.Config) { c.Name = "lost" })
+	b.holds("lost", true)
+	lost.stop()
+	for _, p := range []*testProxy{a, b} {
+		eventually(t, "the agent is forgotten", func() bool { return !strings.Contains(p.get("/clients").body, `"lost"`) })
+		p.holds("stays", true)
+	}
+	got, err := e.client().Get(t.Context(), "/culvert/fleet/agents/", clientv3.WithPrefix(), clientv3.WithKeysOnly())
+	if err != nil || len(got.Kvs) != 1 {
+		t.Errorf("records in etcd: %v, %v; want that of %q alone", got, err, "stays")
+	}
+	_ = stays
+}
+
+// A key that is pinned on one proxy counts on all, and so does its release.
+func TestClusterPins(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	const token, operator = "this is the token of them all", "this is the token of operators"
+	roles := newRolesFile(t, "roles:\n  agents:\n    - {name: all, agents: ['*'], token_hash: "+hashOf(token)+"}\n  operators:\n    - {name: op, token_hash: "+hashOf(operator)+"}\n")
+	secured := func(c *server.Config) { c.ConfigFile = roles.path }
+	a, b := newMember(t, e, secured), newMember(t, e, secured)
+	enter := func(p *testProxy, key string) error {
+		u, _ := url.Parse(p.url)
+		s, err := (&protocol.Dialer{ProxyURL: u, Agent: "web-1", Instance: "abcd", Key: func() (string, error) { return key, nil }, Token: func() (string, error) { return token, nil }}).Dial(t.Context())
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		return s.Register(t.Context(), &protocol.Registration{})
+	}
+	one, two := strings.Repeat("1", 32), strings.Repeat("2", 32)
+	if err := enter(a, one); err != nil {
+		t.Fatal(err)
+	}
+	wantRefusal(t, enter(b, two), http.StatusForbidden, protocol.CodeForbidden, "another key")
+	if err := enter(b, one); err != nil {
+		t.Error(err)
+	}
+	late := newMember(t, e, secured)
+	wantRefusal(t, enter(late, two), http.StatusForbidden, protocol.CodeForbidden, "another key")
+	if got := b.send(http.MethodDelete, "/api/v1/agents/web-1", "Authorization: Bearer "+operator); got.code != http.StatusNoContent {
+		t.Fatalf("DELETE: %d %s", got.code, got.body)
+	}
+	eventually(t, "the name is free on every proxy", func() bool { return enter(late, two) == nil })
+	wantRefusal(t, enter(a, one), http.StatusForbidden, protocol.CodeForbidden, "another key")
+}

@@ -96,6 +96,7 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 			// The opaque URL goes out as it came in, in absolute form.
 			pr.Out.URL = &url.URL{Scheme: "http", Host: "agent", Opaque: sc.target}
 			pr.Out.Host = authority
+			cluster.ClearHeader(pr.Out.Header)
 			if sc.mode == "path" {
 				// Both are between the scraper and this proxy.
 				pr.Out.Header.Del("Authorization")

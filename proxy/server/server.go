@@ -187,6 +187,9 @@ func New(config Config) (*Server, error) {
 	if s.pins, err = access.OpenPins(pinsPath); err != nil {
 		return nil, err
 	}
+	if s.cluster != nil {
+		s.pins.Share(s.cluster)
+	}
 	s.metrics = newMetrics(config.Registry, s, stored)
 	s.config.Session.Stats = s.metrics.stats
 	s.config.Session.Logger = s.logger
@@ -273,7 +276,7 @@ func (s *Server) Run(ctx context.Context) error {
 	stores.Go(func() { s.fleet.Run(storesCtx) })
 	if s.cluster != nil {
 		self := cluster.Peer{URL: s.config.Cluster.AdvertiseURL, Version: protocol.BuildVersion(), Started: s.started.UTC()}
-		stores.Go(func() { s.cluster.Run(storesCtx, self, s.fleet, nil) })
+		stores.Go(func() { s.cluster.Run(storesCtx, self, s.fleet, s.pins) })
 	}
 	stores.Go(func() { pushErr = s.push.run(storesCtx) })
 	s.sessions.start(func() { s.agentAPI.Serve(s.agentStreams) })
