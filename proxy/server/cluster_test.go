@@ -3,8 +3,17 @@ package server_test
 import (
 	"bufio"
 	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"fmt"
 	"io"
+	"math/big"
 	"net"
 	"net/http"
 	"net/url"
@@ -15,6 +24,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -24,6 +34,7 @@ import (
 
 	"github.com/culvert-io/culvert/client/agent"
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/proxy/cluster"
 	"github.com/culvert-io/culvert/proxy/server"
 )
 
@@ -602,4 +613,165 @@ func TestClusterPins(t *testing.T) {
 	}
 	eventually(t, "the name is free on every proxy", func() bool { return enter(late, two) == nil })
 	wantRefusal(t, enter(a, one), http.StatusForbidden, protocol.CodeForbidden, "another key")
+}
+
+// An etcd that wants a user name, by TLS both ways, and proxies whose own listeners have TLS.
+func TestClusterSecured(t *testing.T) {
+	t.Parallel()
+	ca := newClusterAuthority(t)
+	e := newEtcd(t, "--cert-file="+ca.cert, "--key-file="+ca.key, "--client-cert-auth", "--trusted-ca-file="+ca.authority, "--auth-token=simple")
+	pool, err := os.ReadFile(ca.authority)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(pool)
+	pair, err := tls.LoadX509KeyPair(ca.cert, ca.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := clientv3.New(clientv3.Config{Endpoints: []string{e.url}, Logger: zap.NewNop(), TLS: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	for _, step := range []func() error{
+		func() error { _, err := root.UserAdd(ctx, "root", "root's password"); return err },
+		func() error { _, err := root.UserGrantRole(ctx, "root", "root"); return err },
+		func() error { _, err := root.UserAdd(ctx, "culvert", "culvert's password"); return err },
+		func() error { _, err := root.RoleAdd(ctx, "proxy"); return err },
+		func() error {
+			_, err := root.RoleGrantPermission(ctx, "proxy", "/culvert/", clientv3.GetPrefixRangeEnd("/culvert/"), clientv3.PermissionType(clientv3.PermReadWrite))
+			return err
+		},
+		func() error { _, err := root.UserGrantRole(ctx, "culvert", "proxy"); return err },
+		func() error { _, err := root.AuthEnable(ctx); return err },
+	} {
+		if err := step(); err != nil && !strings.Contains(err.Error(), "role name already exists") {
+			t.Fatal(err)
+		}
+	}
+	dir := t.TempDir()
+	web, password := filepath.Join(dir, "web.yml"), filepath.Join(dir, "password")
+	for path, text := range map[string]string{
+		web:      "tls_server_config: {cert_file: " + ca.cert + ", key_file: " + ca.key + ", client_auth_type: RequireAndVerifyClientCert, client_ca_file: " + ca.authority + "}\n",
+		password: "culvert's password\n",
+	} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	files := cluster.TLS{CAFile: ca.authority, CertFile: ca.cert, KeyFile: ca.key}
+	secured := func(c *server.Config) {
+		c.Cluster.Username, c.Cluster.PasswordFile = "culvert", password
+		c.Cluster.EtcdTLS, c.Cluster.PeerTLS, c.Cluster.WebConfigFile = files, files, web
+	}
+	a, b := newMember(t, e, secured), newMember(t, e, secured)
+	_, port := newTarget(t, nil)
+	newAgent(t, a, allowAll)
+	b.holds("web-1", true)
+	b.get("http://web-1:"+port+"/metrics").ok(t, "up 1")
+	conn := rawConn(t, b.addr)
+	fmt.Fprintf(conn, "CONNECT web-1:%s HTTP/1.1\r\nHost: web-1\r\n\r\nGET /metrics HTTP/1.1\r\nHost: web-1\r\nConnection: close\r\n\r\n", port)
+	r := bufio.NewReader(conn)
+	if got := readAnswer(r, http.MethodConnect); got.code != http.StatusOK {
+		t.Fatalf("CONNECT: %d %q %v", got.code, got.reason, got.err)
+	}
+	readAnswer(r, http.MethodGet).ok(t, "up 1")
+	alike(t, discoveryPaths, a, b)
+
+	// Wrong credentials don't keep a proxy from its own agents, and the log tells.
+	if err := os.WriteFile(password, []byte("wrong"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	alone := newProxy(t, func(c *server.Config) {
+		secured(c)
+		c.Cluster.Endpoints, c.Cluster.ListenAddress = []string{e.url}, "127.0.0.1:0"
+	})
+	alone.logs.wait(t, "etcd can't be reached", "authentication failed")
+	newAgent(t, alone, func(c *agent.Config) { c.Name = "web-2"; allowAll(c) })
+	alone.get("http://web-2:"+port+"/metrics").ok(t, "up 1")
+}
+
+// clusterAuthority is a certificate for this host, and the authority that it is from.
+type clusterAuthority struct{ authority, cert, key string }
+
+func newClusterAuthority(t *testing.T) clusterAuthority {
+	t.Helper()
+	dir := t.TempDir()
+	write := func(name, kind string, der []byte) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root"}, // etcd takes it for a user's name where there is none
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, DNSNames: []string{"localhost"},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert := write("cert.pem", "CERTIFICATE", der)
+	return clusterAuthority{cert, cert, write("key.pem", "EC PRIVATE KEY", keyDER)}
+}
+
+// Names that are claimed through two proxies at the same moment are settled alike, and of
+// two processes of one name one stays.
+func TestClusterSettles(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	a, b := newMember(t, e, nil), newMember(t, e, nil)
+	for i := range 5 {
+		name := fmt.Sprintf("web-%d", i)
+		claims := []struct {
+			p              *testProxy
+			name, instance string
+			reg            protocol.Registration
+		}{
+			{a, name, "aaaa", protocol.Registration{Targets: []protocol.Target{{Name: "node", Path: "/metrics"}}}},
+			{b, "node." + name, "bbbb", protocol.Registration{}},
+		}
+		if i%2 == 1 {
+			claims[1].name, claims[1].reg = name, claims[0].reg
+		}
+		var sessions [2]*protocol.Session
+		for j, c := range claims {
+			sessions[j] = dial(t, c.p, c.name, c.instance)
+		}
+		var refused [2]error
+		var both sync.WaitGroup
+		for j, c := range claims {
+			both.Go(func() { refused[j] = sessions[j].Register(t.Context(), &c.reg) })
+		}
+		both.Wait()
+		eventually(t, "one of two has the name", func() bool {
+			alive := 0
+			for j := range sessions {
+				if refused[j] == nil && sessions[j].Err() == nil {
+					alive++
+				}
+			}
+			return alive == 1
+		})
+		alike(t, []string{"/clients", "/targets"}, a, b)
+		for _, s := range sessions {
+			s.Close()
+		}
+	}
 }
