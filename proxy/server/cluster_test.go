@@ -40,14 +40,14 @@ import (
 
 // etcd is a real etcd of one member. It keeps its address across stop and start.
 type etcd struct {
-	t    *testing.T
+	t    testing.TB
 	url  string
 	args []string
 	cmd  *exec.Cmd
 	done chan struct{}
 }
 
-func newEtcd(t *testing.T, extra ...string) *etcd {
+func newEtcd(t testing.TB, extra ...string) *etcd {
 	t.Helper()
 	path, err := exec.LookPath("etcd")
 	if err != nil {
@@ -74,7 +74,7 @@ func newEtcd(t *testing.T, extra ...string) *etcd {
 }
 
 // freeAddress returns an address of this host that nobody listens on.
-func freeAddress(t *testing.T) string {
+func freeAddress(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -95,14 +95,16 @@ func (e *etcd) start() {
 	e.done = done
 	go func() { defer close(done); cmd.Wait() }()
 	address := strings.TrimPrefix(strings.TrimPrefix(e.url, "http://"), "https://")
-	eventually(e.t, "etcd listens", func() bool {
+	for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
 		conn, err := net.Dial("tcp", address)
-		if err != nil {
-			return false
+		if err == nil {
+			conn.Close()
+			return
 		}
-		conn.Close()
-		return true
-	})
+		if time.Now().After(deadline) {
+			e.t.Fatalf("etcd does not listen: %v", err)
+		}
+	}
 }
 
 func (e *etcd) stop() {
@@ -479,6 +481,16 @@ func TestClusterNames(t *testing.T) {
 // others when etcd is back.
 func TestClusterWithoutEtcd(t *testing.T) {
 	t.Parallel()
+	for name, away := range map[string]struct{ begin, end func(*etcd) }{
+		"stopped": {(*etcd).stop, (*etcd).start},
+		"frozen":  {(*etcd).freeze, (*etcd).thaw},
+	} {
+		t.Run(name, func(t *testing.T) { withoutEtcd(t, away.begin, away.end) })
+	}
+}
+
+func withoutEtcd(t *testing.T, begin, end func(*etcd)) {
+	t.Parallel()
 	e := newEtcd(t)
 	a, b := newMember(t, e, nil), newMember(t, e, nil)
 	_, port := newTarget(t, nil)
@@ -486,7 +498,7 @@ func TestClusterWithoutEtcd(t *testing.T) {
 	gone := newAgent(t, b, func(c *agent.Config) { c.Name = "gone"; allowAll(c) })
 	a.holds("gone", true)
 	b.holds("one", true)
-	e.stop()
+	begin(e)
 	a.logs.wait(t, "etcd does not answer")
 	b.logs.wait(t, "etcd does not answer")
 	newAgent(t, a, func(c *agent.Config) { c.Name = "new"; allowAll(c) })
@@ -504,7 +516,7 @@ func TestClusterWithoutEtcd(t *testing.T) {
 			}
 		}
 	}
-	e.start()
+	end(e)
 	a.logs.wait(t, "etcd answers again")
 	b.logs.wait(t, "etcd answers again")
 	b.holds("new", true)
@@ -773,5 +785,53 @@ func TestClusterSettles(t *testing.T) {
 		for _, s := range sessions {
 			s.Close()
 		}
+	}
+}
+
+// Many agents that come at once take few transactions.
+func TestClusterManyAgents(t *testing.T) {
+	t.Parallel()
+	n := 200
+	if given := os.Getenv("CULVERT_TEST_AGENTS"); given != "" { // for a look at the figures
+		fmt.Sscan(given, &n)
+	}
+	e := newEtcd(t)
+	a := newMember(t, e, func(c *server.Config) { c.MaxHandshakes = n })
+	b := newMember(t, e, nil)
+	sessions := make([]*protocol.Session, n)
+	var dialling sync.WaitGroup
+	start := time.Now()
+	for i := range sessions {
+		dialling.Go(func() {
+			s, err := tryDial(a, fmt.Sprintf("web-%d", i), "aaaa")
+			if err == nil {
+				sessions[i] = s
+				err = s.Register(t.Context(), &protocol.Registration{Labels: map[string]string{"site": "berlin"}})
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	dialling.Wait()
+	t.Logf("%d agents registered within %s", n, time.Since(start).Round(time.Millisecond))
+	writes := func() (n int) {
+		_, after, _ := strings.Cut(a.get("/metrics").body, "\nculvert_proxy_cluster_etcd_writes_total ")
+		fmt.Sscan(after, &n)
+		return n
+	}
+	eventually(t, "the other proxy knows them", func() bool {
+		return strings.Contains(b.get("/metrics").body, fmt.Sprintf("culvert_proxy_agents{state=\"connected\"} %d", n))
+	})
+	t.Logf("the other proxy knew them %s after the first, %d transactions", time.Since(start).Round(time.Millisecond), writes())
+	if got := writes(); got > n/2 {
+		t.Errorf("%d transactions for %d agents", got, n)
+	}
+	a.stop()
+	eventually(t, "the other proxy knows that they are lost", func() bool {
+		return strings.Contains(b.get("/metrics").body, fmt.Sprintf("culvert_proxy_agents{state=\"lost\"} %d", n))
+	})
+	for _, s := range sessions {
+		s.Close()
 	}
 }
