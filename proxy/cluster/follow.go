@@ -214,7 +214,7 @@ func (c *Cluster) apply(events []*clientv3.Event) {
 			}
 		case "agents":
 			if deleted {
-				changes = append(changes, fleet.Event{Agent: name, Deleted: true})
+				changes = append(changes, fleet.Event{Agent: name, Deleted: true, Revision: e.Kv.ModRevision})
 			} else if rec, ok := c.decodeRecord(name, e.Kv); ok {
 				changes = append(changes, fleet.Event{Agent: name, Record: &rec})
 			}

@@ -59,6 +59,7 @@ type Fleet struct {
 	cluster       string              // Snapshot.Cluster
 	deleted       map[string]struct{} // agents whose records are to be deleted
 	draining      bool
+	loaded        bool // what the other proxies know has come
 	sharedSettled bool // the other proxies know that the list is complete
 }
 
@@ -202,11 +203,11 @@ func (f *Fleet) noteSettled() bool {
 		return false
 	}
 	f.mu.Lock()
-	tell := f.config.Shared != nil && !f.sharedSettled && f.cluster != ""
+	tell := f.config.Shared != nil && !f.sharedSettled && f.loaded
 	if tell {
 		f.sharedSettled = true
 	}
-	unknown := f.config.Shared != nil && f.cluster == "" // what the others have
+	unknown := f.config.Shared != nil && !f.loaded
 	stored := f.stored
 	f.mu.Unlock()
 	if tell {
@@ -356,6 +357,9 @@ func (f *Fleet) remove(name string, if_ func(*Agent) bool) (*Conn, bool) {
 	return conn, true
 }
 
+// loadRetry is when to ask again for a list that waits for other proxies' records.
+const loadRetry = 10 * time.Second
+
 // Settled reports whether the list of agents can be trusted, and if not, when it
 // will be at the latest. A list that was stored can. Without one it can after
 // SettleTime, or when agents have come and no new one for a sixth of that: what
@@ -365,7 +369,12 @@ func (f *Fleet) Settled() (bool, time.Time) {
 	now := time.Now()
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if f.stored || !now.Before(end) {
+	switch {
+	case f.stored:
+		return true, now
+	case f.config.Shared != nil && !f.loaded: // others know more, and nothing tells when they can be asked
+		return false, now.Add(loadRetry)
+	case !now.Before(end):
 		return true, now
 	}
 	return !f.newest.IsZero() && now.Sub(f.newest) >= f.config.SettleTime/6, end

@@ -40,6 +40,7 @@ func (f *Fleet) Register(ctx context.Context, conn *Conn, reg protocol.Registrat
 			delete(f.deleted, a.Name)
 		}
 		old := a.conn
+		a.forget = false
 		f.share(a, a.created == 0 || a.lost || !reflect.DeepEqual(a.registration, reg))
 		f.unindex(a)
 		a.registration = reg

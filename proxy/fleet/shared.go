@@ -73,9 +73,11 @@ type Record struct {
 type Event struct {
 	Agent   string
 	Record  *Record // not nil: the record is this now
-	Deleted bool    // the record is no more
+	Deleted bool    // the record is no more, since Revision
 	Proxy   string  // not "": whose session it is about
 	Held    *Held   // the session that Proxy holds now; nil: none
+
+	Revision int64
 }
 
 // Snapshot is all that the proxies keep together.
@@ -217,7 +219,7 @@ func (f *Fleet) Apply(events []Event) {
 		case e.Record != nil:
 			ended = f.applyRecord(e.Agent, *e.Record, time.Now(), ended)
 		case e.Deleted:
-			ended = f.applyDeleted(e.Agent, ended)
+			ended = f.applyDeleted(e.Agent, e.Revision, ended)
 		case e.Held != nil:
 			f.applyHeld(e.Agent, *e.Held)
 		default:
@@ -339,9 +341,9 @@ func (f *Fleet) saveRecord(a *Agent) {
 }
 
 // applyDeleted is called with mu held.
-func (f *Fleet) applyDeleted(name string, ended []closing) []closing {
+func (f *Fleet) applyDeleted(name string, revision int64, ended []closing) []closing {
 	a := f.agents[name]
-	if a == nil || a.modified == 0 || a.dirty && a.conn != nil && a.created == 0 {
+	if a == nil || a.modified == 0 || revision < a.modified || a.dirty && a.conn != nil && a.created == 0 {
 		return ended
 	}
 	if a.conn != nil {
@@ -360,7 +362,7 @@ func (f *Fleet) applyHeld(name string, held Held) {
 	if a == nil {
 		return // its record lost against an older one, or was deleted
 	}
-	a.held = max(a.held, held.Revision)
+	a.held, a.forget = max(a.held, held.Revision), false
 	if held.Proxy == f.config.Shared.Self {
 		if a.conn != nil {
 			a.own = held.Revision
@@ -448,7 +450,7 @@ func (f *Fleet) Load(s Snapshot) {
 	var ended []closing
 	f.mu.Lock()
 	same := f.cluster == s.Cluster
-	f.cluster = s.Cluster
+	f.cluster, f.loaded = s.Cluster, true
 	if s.Settled {
 		f.stored, f.sharedSettled = true, true
 	}

@@ -94,7 +94,6 @@ type peerScrape struct {
 func (s *Server) servePeer(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set(cluster.HeaderPeer, s.id)
 	if !s.cluster.Authorized(r) {
-		s.logger.Warn("Somebody came to the address for proxies without the cluster's secret", "from", r.RemoteAddr)
 		s.refuse(w, r, protocol.Refusef(http.StatusProxyAuthRequired, protocol.CodeUnauthorized,
 			"this address is for proxies of the same etcd; scrape through the one of --web.listen-address"))
 		return

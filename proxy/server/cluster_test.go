@@ -566,7 +566,15 @@ func TestClusterStartWithoutEtcd(t *testing.T) {
 	again.holds("one", false) // nobody told otherwise
 	newAgent(t, again, func(c *agent.Config) { c.Name = "two" })
 	again.holds("two", true)
+	// One that kept nothing must not pass what it has for the whole list.
+	empty := newProxy(t, func(c *server.Config) {
+		c.Cluster.Endpoints, c.Cluster.ListenAddress, c.Cluster.TTL = []string{e.url}, "127.0.0.1:0", 2*time.Second
+	})
+	if got := empty.get("/clients"); got.code != http.StatusServiceUnavailable || got.header.Get("Retry-After") == "" || !strings.Contains(got.body, "etcd") {
+		t.Errorf("without a list: %d %q %v", got.code, got.body, got.header)
+	}
 	e.start()
+	empty.holds("one", true)
 	other.holds("two", true)
 	again.holds("one", true)
 	alike(t, discoveryPaths, again, other)
