@@ -92,7 +92,8 @@ type Cluster struct {
 	fleet *fleet.Fleet // set by Run
 	pins  Pins         // the same
 
-	ready  chan struct{} // closed once there is a client
+	connecting sync.Mutex // held while the client is made
+
 	first  chan struct{} // closed once there was a lease
 	client atomic.Pointer[clientv3.Client]
 	secret atomic.Pointer[string]
@@ -140,7 +141,7 @@ func New(config Config, logger *slog.Logger, registry prometheus.Registerer) (*C
 	}
 	c := &Cluster{
 		config: config, prefix: config.Prefix + "fleet/", logger: logger, etcdTLS: etcdTLS,
-		ready: make(chan struct{}), first: make(chan struct{}), loaded: make(chan struct{}), resync: make(chan struct{}, 1), leased: make(chan struct{}, 1),
+		first: make(chan struct{}), loaded: make(chan struct{}), resync: make(chan struct{}, 1), leased: make(chan struct{}, 1),
 		peers: map[string]Peer{}, heard: time.Now(), peerHTTP: newPeerTransport(peerTLS),
 		writer: writer{dirty: map[string]struct{}{}, work: make(chan struct{}, 1)},
 	}
@@ -194,10 +195,8 @@ func (c *Cluster) Run(ctx context.Context, self Peer, f *fleet.Fleet, pins Pins)
 	c.mu.Unlock()
 	defer c.peerHTTP.CloseIdleConnections()
 	for trouble := ""; ctx.Err() == nil; {
-		client, err := c.connect(ctx)
+		_, err := c.Client(ctx)
 		if err == nil {
-			c.client.Store(client)
-			close(c.ready)
 			break
 		}
 		if err.Error() != trouble && ctx.Err() == nil {
@@ -235,21 +234,31 @@ const (
 	callTimeout = 5 * time.Second
 )
 
-// Client returns the client for etcd, for others to use as long as Run runs. It waits
-// until there is one, or ctx ends.
+// Client returns the client for etcd, for others to use too. It may be called before Run,
+// which closes the client when it returns. It returns an error where etcd wants a user
+// name and can't be asked within 5 s, or refuses it; without one, a client for an etcd
+// that is away is a client all the same.
 func (c *Cluster) Client(ctx context.Context) (*clientv3.Client, error) {
-	select {
-	case <-c.ready:
-		return c.client.Load(), nil
-	case <-ctx.Done():
-		return nil, fmt.Errorf("etcd: %w", context.Cause(ctx))
+	c.connecting.Lock()
+	defer c.connecting.Unlock()
+	if client := c.client.Load(); client != nil {
+		return client, nil
 	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	client, err := c.connect()
+	if err != nil {
+		return nil, fmt.Errorf("etcd: %w", err)
+	}
+	c.client.Store(client)
+	return client, nil
 }
 
 // Prefix returns what all keys in etcd start with. The fleet's are below fleet/ there.
 func (c *Cluster) Prefix() string { return c.config.Prefix }
 
-func (c *Cluster) connect(ctx context.Context) (*clientv3.Client, error) {
+func (c *Cluster) connect() (*clientv3.Client, error) {
 	config := clientv3.Config{
 		Endpoints: c.config.Endpoints, Username: c.config.Username, Logger: zap.NewNop(),
 		DialTimeout: callTimeout, DialKeepAliveTime: 5 * time.Second, DialKeepAliveTimeout: 3 * time.Second, PermitWithoutStream: true,

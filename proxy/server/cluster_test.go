@@ -236,7 +236,7 @@ func TestClusterForwards(t *testing.T) {
 	t.Parallel()
 	e := newEtcd(t)
 	a, b := newMember(t, e, nil), newMember(t, e, nil)
-	release := make(chan struct{})
+	release, cancelled := make(chan struct{}), make(chan struct{}, 1)
 	_, port := newTarget(t, func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case "/headers":
@@ -260,6 +260,11 @@ func TestClusterForwards(t *testing.T) {
 			fmt.Fprint(w, "half")
 			http.NewResponseController(w).Flush()
 			panic(http.ErrAbortHandler)
+		case "/stream":
+			fmt.Fprint(w, "half")
+			http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+			cancelled <- struct{}{}
 		case "/slow":
 			select {
 			case <-release:
@@ -334,6 +339,20 @@ func TestClusterForwards(t *testing.T) {
 		if local.code != 200 || local.body != `POST "body"` || passed.body != local.body {
 			t.Errorf("here: %d %q, there: %d %q", local.code, local.body, passed.code, passed.body)
 		}
+	})
+	t.Run("streaming", func(t *testing.T) {
+		conn := rawConn(t, b.addr)
+		fmt.Fprintf(conn, "GET %s/stream HTTP/1.1\r\nHost: web-1\r\n\r\n", web)
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		half := make([]byte, 4)
+		if _, err := io.ReadFull(resp.Body, half); err != nil || string(half) != "half" {
+			t.Errorf("the first half: %q, %v", half, err) // before there is a second one
+		}
+		conn.Close()
+		received(t, cancelled, "the end of the request at the target")
 	})
 	t.Run("CONNECT", func(t *testing.T) {
 		conn := rawConn(t, b.addr)
@@ -586,7 +605,7 @@ func TestClusterForgets(t *testing.T) {
 	e := newEtcd(t)
 	short := func(c *server.Config) { c.Fleet.ForgetAfter = time.Second }
 	a, b := newMember(t, e, short), newMember(t, e, short)
-	stays := newAgent(t, a, func(c *agent.Config) { c.Name = "stays" })
+	newAgent(t, a, func(c *agent.Config) { c.Name = "stays" })
 	lost := newAgent(t, a, func(c *agent.Config) { c.Name = "lost" })
 	b.holds("lost", true)
 	lost.stop()
@@ -598,7 +617,6 @@ func TestClusterForgets(t *testing.T) {
 	if err != nil || len(got.Kvs) != 1 {
 		t.Errorf("records in etcd: %v, %v; want that of %q alone", got, err, "stays")
 	}
-	_ = stays
 }
 
 // A key that is pinned on one proxy counts on all, and so does its release.
@@ -842,4 +860,107 @@ func TestClusterManyAgents(t *testing.T) {
 	for _, s := range sessions {
 		s.Close()
 	}
+}
+
+// gate is the way to etcd of one proxy.
+type gate struct {
+	net.Listener
+	target string
+	tasks  sync.WaitGroup
+
+	mu     sync.Mutex // protects what follows
+	closed bool
+	conns  []net.Conn
+}
+
+func newGate(t *testing.T, target string) *gate {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &gate{Listener: l, target: target}
+	t.Cleanup(func() { l.Close(); g.shut(true); g.tasks.Wait() })
+	g.tasks.Go(func() {
+		for {
+			near, err := l.Accept()
+			if err != nil {
+				return
+			}
+			far, err := net.Dial("tcp", target)
+			if err != nil {
+				near.Close()
+				continue
+			}
+			g.mu.Lock()
+			if g.closed {
+				near.Close()
+				far.Close()
+			}
+			g.conns = append(g.conns, near, far)
+			g.mu.Unlock()
+			g.tasks.Go(func() { io.Copy(near, far); near.Close() })
+			g.tasks.Go(func() { io.Copy(far, near); far.Close() })
+		}
+	})
+	return g
+}
+
+// shut lets nothing through any more, or again.
+func (g *gate) shut(closed bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.closed = closed
+	for _, c := range g.conns {
+		c.Close()
+	}
+	g.conns = nil
+}
+
+// A proxy that can't reach etcd is gone for the others, and goes on by itself. When it is
+// back it catches up, even where etcd has compacted what it missed.
+func TestClusterCutOff(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	way := newGate(t, strings.TrimPrefix(e.url, "http://"))
+	cut := newMember(t, e, func(c *server.Config) { c.Cluster.Endpoints = []string{"http://" + way.Addr().String()} })
+	other := newMember(t, e, func(c *server.Config) { c.ReconnectWait = -1 })
+	_, port := newTarget(t, nil)
+	newAgent(t, cut, func(c *agent.Config) { c.Name = "here"; allowAll(c) })
+	newAgent(t, other, func(c *agent.Config) { c.Name = "there"; allowAll(c) })
+	gone := newAgent(t, other, func(c *agent.Config) { c.Name = "gone"; allowAll(c) })
+	other.holds("here", true)
+	cut.holds("there", true)
+	cut.holds("gone", true)
+	way.shut(true)
+	other.holds("here", false) // its lease has ended
+	other.get("http://here:"+port+"/metrics").refused(t, http.StatusServiceUnavailable, protocol.CodeAgentOffline)
+	cut.get("http://here:"+port+"/metrics").ok(t, "up 1")
+	cut.get("http://there:"+port+"/metrics").ok(t, "up 1")
+	gone.stop()
+	if got := other.send(http.MethodDelete, "/api/v1/agents/gone"); got.code != http.StatusNoContent {
+		t.Fatalf("DELETE: %d %s", got.code, got.body)
+	}
+	newAgent(t, other, func(c *agent.Config) { c.Name = "late"; allowAll(c) })
+	client := e.client()
+	eventually(t, "the newcomer is in etcd", func() bool {
+		got, err := client.Get(t.Context(), "/culvert/fleet/agents/late")
+		return err == nil && len(got.Kvs) == 1
+	})
+	now, err := client.Get(t.Context(), "/culvert/fleet/secret")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Compact(t.Context(), now.Header.Revision); err != nil {
+		t.Fatal(err)
+	}
+	way.shut(false)
+	for _, p := range []*testProxy{cut, other} {
+		p.holds("here", true)
+		p.holds("there", true)
+		p.holds("late", true)
+		eventually(t, "the agent is forgotten", func() bool { return !strings.Contains(p.get("/clients").body, `"gone"`) })
+	}
+	alike(t, discoveryPaths, cut, other)
+	other.get("http://here:"+port+"/metrics").ok(t, "up 1")
+	cut.get("http://late:"+port+"/metrics").ok(t, "up 1")
 }
