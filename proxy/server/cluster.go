@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/culvert-io/culvert/protocol"
 	"github.com/culvert-io/culvert/proxy/access"
 	"github.com/culvert-io/culvert/proxy/cluster"
@@ -43,6 +45,10 @@ func (s *Server) joinCluster(config *fleet.Config) (err error) {
 		return fmt.Errorf("cluster: %w", err)
 	}
 	config.Shared = s.cluster.Shared(s.id)
+	s.config.Registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "culvert_proxy_cluster_held_agents",
+		Help: "Agents with a session to this proxy; culvert_proxy_agents counts those of all proxies.",
+	}, func() float64 { return float64(len(s.fleet.Conns())) }))
 	return nil
 }
 
