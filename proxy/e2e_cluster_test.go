@@ -1,6 +1,7 @@
 package main_test
 
 import (
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -220,15 +221,16 @@ func TestClusterRollingRestart(t *testing.T) {
 		members = append(members, begin(i))
 	}
 	lb := newBalancer(t, addresses...)
-	exporter := serve(t, func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, strings.Repeat("e2e 1\n", 1000)) })
-	port := exporter.URL[strings.LastIndex(exporter.URL, ":")+1:]
+	exposition := func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, strings.Repeat("e2e 1\n", 1000)) }
+	exporter, secure := serve(t, exposition), newAuthority(t).serveTLS(web1, exposition)
+	port, securePort := exporter.URL[strings.LastIndex(exporter.URL, ":")+1:], secure.URL[strings.LastIndex(secure.URL, ":")+1:]
 	var names []string
 	for i := range 6 {
 		name := fmt.Sprintf("balanced-%d", i)
-		startAgent(t, "http://"+lb.Addr().String(), name, "--allow="+port)
+		startAgent(t, "http://"+lb.Addr().String(), name, "--allow="+port, "--allow="+securePort)
 		names = append(names, name)
 	}
-	all := startAgent(t, members[0].url, "all", "--allow="+port, "--proxy-url="+members[1].url, "--proxy-url="+members[2].url)
+	all := startAgent(t, members[0].url, "all", "--allow="+port, "--allow="+securePort, "--proxy-url="+members[1].url, "--proxy-url="+members[2].url)
 	all.awaitLog(`(?s)msg=Connected.*msg=Connected.*msg=Connected`)
 	names = append(names, "all")
 	for _, m := range members {
@@ -245,7 +247,7 @@ func TestClusterRollingRestart(t *testing.T) {
 			if i == round {
 				continue
 			}
-			client := through(t, m.url, nil)
+			client := through(t, m.url, &tls.Config{InsecureSkipVerify: true}) // one certificate for all
 			scrapers.Go(func() {
 				for n := 0; ; n++ {
 					select {
@@ -254,11 +256,15 @@ func TestClusterRollingRestart(t *testing.T) {
 					case <-time.After(5 * time.Millisecond):
 					}
 					name := names[n%len(names)]
-					a, err := fetch(client, "http://"+name+":"+port+"/metrics", "5")
+					target := "http://" + name + ":" + port + "/metrics"
+					if n%20 == 0 { // so that a tunnel falls silent between two scrapes
+						target = "https://" + name + ":" + securePort + "/metrics"
+					}
+					a, err := fetch(client, target, "5")
 					scrapes.Add(1)
 					if err != nil || a.status != http.StatusOK || len(a.body) != 6000 {
 						failed.Add(1)
-						t.Errorf("round %d: %s through %d: %d %.200q, %v", round, name, i, a.status, a.body, err)
+						t.Errorf("round %d: %s through %d: %d %.200q, %v", round, target, i, a.status, a.body, err)
 					}
 				}
 			})
