@@ -261,7 +261,8 @@ func (c *Cluster) Prefix() string { return c.config.Prefix }
 func (c *Cluster) connect() (*clientv3.Client, error) {
 	config := clientv3.Config{
 		Endpoints: c.config.Endpoints, Username: c.config.Username, Logger: zap.NewNop(),
-		DialTimeout: callTimeout, DialKeepAliveTime: 5 * time.Second, DialKeepAliveTimeout: 3 * time.Second, PermitWithoutStream: true,
+		// etcd hangs up on who pings more often than every 5 s, or without a request.
+		DialTimeout: callTimeout, DialKeepAliveTime: 10 * time.Second, DialKeepAliveTimeout: 3 * time.Second,
 	}
 	for _, e := range c.config.Endpoints {
 		if strings.HasPrefix(e, "https:") {
