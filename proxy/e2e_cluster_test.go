@@ -20,10 +20,8 @@ import (
 // startEtcd starts an etcd of one member and returns its URL.
 func startEtcd(t testing.TB) string {
 	t.Helper()
-	program := "/usr/bin/etcd"
-	if path, err := exec.LookPath("etcd"); err == nil {
-		program = path
-	} else {
+	program, err := exec.LookPath("etcd")
+	if err != nil {
 		const message = "etcd is not installed: apt-get install etcd-server"
 		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
 			t.Fatal(message)
@@ -239,7 +237,6 @@ func TestClusterRollingRestart(t *testing.T) {
 		}
 	}
 	var scrapes, failed atomic.Int64
-	// scrapeAll scrapes through the other proxies until stop is closed.
 	for round := range addresses {
 		stop := make(chan struct{})
 		var scrapers sync.WaitGroup
