@@ -31,6 +31,7 @@ import (
 type flags struct {
 	configFile                 string
 	proxyURLs                  []string
+	resolveAll                 bool
 	fqdn                       string
 	labels                     map[string]string
 	targets, hosts, allow      []string
@@ -141,6 +142,8 @@ func (f *flags) app() *kingpin.Application {
 		StringVar(&f.tokenFile)
 	app.Flag("key-file", "File with the agent's own secret, made where it is not there; a proxy with roles pins the agent's name to it.").
 		StringVar(&f.keyFile)
+	app.Flag("proxy.resolve-all", "Take each address that the host of a --proxy-url has for a proxy of its own, and keep a tunnel to each. The host is looked up again every 30 s.").
+		BoolVar(&f.resolveAll)
 	app.Flag("proxy.retry.initial-wait", "Upper bound of the first wait before the agent dials again; the wait is a random part of it.").
 		Default("1s").IsSetByUser(&f.initialWaitSet).DurationVar(&f.initialWait)
 	app.Flag("proxy.retry.max-wait", "Upper bound that the waits grow to, by half each time.").
@@ -180,6 +183,7 @@ func (f *flags) app() *kingpin.Application {
 // file is the configuration file.
 type file struct {
 	ProxyURLs        []string          `yaml:"proxy_urls"`
+	ResolveAll       bool              `yaml:"resolve_all"`
 	FQDN             string            `yaml:"fqdn"`
 	Labels           map[string]string `yaml:"labels"`
 	Targets          []fileTarget      `yaml:"targets"`
@@ -321,6 +325,7 @@ func (f *flags) load() (*settings, error) {
 	s := &settings{MetricsAddress: f.metricsAddress, Agent: agent.Config{
 		Name:             cmp.Or(f.fqdn, c.FQDN),
 		ProxyURLs:        append(append([]string{}, f.proxyURLs...), c.ProxyURLs...),
+		ResolveAll:       f.resolveAll || c.ResolveAll,
 		Labels:           c.Labels,
 		LocalHost:        cmp.Or(f.localHost, c.LocalHost),
 		TokenFile:        cmp.Or(f.tokenFile, c.TokenFile),

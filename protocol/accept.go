@@ -138,10 +138,15 @@ func (t *hijackTap) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return conn, buffered, err
 }
 
-// socketOf returns the TCP connection below conn, or nil.
+// socketOf returns the TCP connection below conn, or nil. What wraps one has NetConn, as
+// *tls.Conn does.
 func socketOf(conn net.Conn) *net.TCPConn {
-	if t, ok := conn.(*tls.Conn); ok {
-		conn = t.NetConn()
+	for {
+		wrapper, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		conn = wrapper.NetConn()
 	}
 	socket, _ := conn.(*net.TCPConn)
 	return socket
@@ -176,6 +181,8 @@ func Reset(conn net.Conn) {
 	}
 	if socket := socketOf(conn); socket != nil {
 		socket.SetLinger(0)
+		socket.Close()
+		return
 	}
 	if t, ok := conn.(*tls.Conn); ok {
 		conn = t.NetConn()

@@ -24,6 +24,10 @@ type Dialer struct {
 	// ProxyURL is the base URL of the proxy, http or https. A path in it stands
 	// before /tunnel; user information is sent as basic authorization.
 	ProxyURL *url.URL
+	// Host is connected to in place of the URL's, where it is not empty. What is said to
+	// the proxy, and the name in its certificate, are the URL's all the same. It has no
+	// effect where a forward proxy of the environment is used.
+	Host string
 	// Agent and Instance name who dials.
 	Agent, Instance string
 	// Header is sent with the upgrade as well.
@@ -236,6 +240,9 @@ func (d *Dialer) transport() (*http.Transport, *atomic.Pointer[net.TCPConn]) {
 	return &http.Transport{
 		Proxy: http.ProxyFromEnvironment,
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if host, port, err := net.SplitHostPort(addr); err == nil && d.Host != "" && host == d.ProxyURL.Hostname() {
+				addr = net.JoinHostPort(d.Host, port)
+			}
 			conn, err := dialer.DialContext(ctx, network, addr)
 			if tcp, ok := conn.(*net.TCPConn); ok {
 				dialled.Store(tcp)

@@ -100,6 +100,7 @@ const (
 	CodeMisdirected       Code = "misdirected"        // 421
 	CodeBadResponse       Code = "bad-response"       // 502: the tunnel brought a response without an end mark
 	CodeSessionLost       Code = "session-lost"       // 502: the session died before the response's head
+	CodePeerUnreachable   Code = "peer-unreachable"   // 502: the proxy that holds the agent can't be reached
 	CodeBadRequest        Code = "bad-request"        // 400: the scrape itself is malformed
 )
 
@@ -190,7 +191,7 @@ func oneLine(s string) string {
 var scrapeCodes = map[Code]bool{
 	CodeUnknownAgent: true, CodeAgentOffline: true, CodeNotAllowed: true, CodeTargetUnreachable: true, CodeTimeout: true,
 	CodeAgentBusy: true, CodeMisdirected: true, CodeBadResponse: true, CodeSessionLost: true, CodeBadRequest: true, CodeMismatch: true,
-	CodeMethod: true, CodeUnauthorized: true, CodeForbidden: true,
+	CodeMethod: true, CodeUnauthorized: true, CodeForbidden: true, CodePeerUnreachable: true,
 }
 
 // Outcome returns the code as the value of a metric's label: "other" for one that

@@ -201,7 +201,7 @@ func startProxy(t testing.TB, args ...string) *proxyProcess {
 		}
 	}
 	p := &proxyProcess{process: start(t, "culvert-proxy", filepath.Join(programDir, "culvert-proxy"), args...)}
-	p.address = p.awaitLog(`msg=Listening address=(\S+)`)[1]
+	p.address = p.awaitLog(`msg=Listening address=(\S+) tls=\w+ for="scrapers`)[1]
 	p.url = scheme + "://" + p.address
 	return p
 }

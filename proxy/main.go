@@ -92,6 +92,7 @@ type flags struct {
 	server.Config
 	externalURL         string
 	trustedProxies      []string
+	etcdEndpoints       []string
 	routePrefix         string
 	routePrefixSet      bool
 	maxBodySize         units.Base2Bytes
@@ -131,6 +132,33 @@ func (c *flags) app() *kingpin.Application {
 		StringsVar(&c.AgentListenAddresses)
 	app.Flag("agent.web.config.file", "Web configuration of --agent.listen-address.").
 		StringVar(&c.AgentWebConfigFile)
+	app.Flag("cluster.etcd-endpoints", "URL of an etcd member, as in http://etcd-1:2379. With it all proxies of that etcd are one. Repeatable, or several with commas.").
+		StringsVar(&c.etcdEndpoints)
+	app.Flag("cluster.etcd-prefix", "What the keys in etcd start with.").
+		Default("/culvert/").StringVar(&c.Cluster.Prefix)
+	app.Flag("cluster.etcd-username", "User name for etcd.").
+		StringVar(&c.Cluster.Username)
+	app.Flag("cluster.etcd-password-file", "File with the password for etcd.").
+		StringVar(&c.Cluster.PasswordFile)
+	app.Flag("cluster.etcd-ca-file", "Authorities that etcd's certificate is from, in PEM, where they are not the system's.").
+		StringVar(&c.Cluster.EtcdTLS.CAFile)
+	app.Flag("cluster.etcd-cert-file", "Certificate for etcd, in PEM.").
+		StringVar(&c.Cluster.EtcdTLS.CertFile)
+	app.Flag("cluster.etcd-key-file", "Key of --cluster.etcd-cert-file, in PEM.").
+		StringVar(&c.Cluster.EtcdTLS.KeyFile)
+	app.Flag("cluster.listen-address", "Address for the other proxies, which pass scrapes on to it.").
+		Default(":8081").StringVar(&c.Cluster.ListenAddress)
+	app.Flag("cluster.advertise-url", "URL under which the other proxies reach --cluster.listen-address; made of the address, or the host's name, and the port where it is not given.").
+		StringVar(&c.Cluster.AdvertiseURL)
+	app.Flag("cluster.web.config.file", "Web configuration of --cluster.listen-address.").
+		StringVar(&c.Cluster.WebConfigFile)
+	app.Flag("cluster.ca-file", "Authorities that the other proxies' certificates are from, in PEM, where they are not the system's.").
+		StringVar(&c.Cluster.PeerTLS.CAFile)
+	app.Flag("cluster.cert-file", "Certificate for the other proxies, where their web configuration asks for one.").
+		StringVar(&c.Cluster.PeerTLS.CertFile)
+	app.Flag("cluster.key-file", "Key of --cluster.cert-file, in PEM.").
+		StringVar(&c.Cluster.PeerTLS.KeyFile)
+	duration(app.Flag("cluster.ttl", "After which time without a word to etcd the other proxies take this one for gone.").Default("10s"), &c.Cluster.TTL)
 	app.Flag("storage.path", "Directory for state, so that known agents survive a restart. Empty: memory only.").
 		Default("data/").StringVar(&c.StoragePath)
 	app.Flag("config.file", "Configuration that can be reloaded, in YAML.").
@@ -231,6 +259,14 @@ func parseFlags(args []string) (*flags, string, error) {
 			return fail("--web.trusted-proxies=%q: write an address or a network, as in 10.0.0.0/8", raw)
 		}
 		c.TrustedProxies = append(c.TrustedProxies, trusted)
+	}
+	for _, given := range c.etcdEndpoints {
+		for endpoint := range strings.SplitSeq(given, ",") {
+			c.Cluster.Endpoints = append(c.Cluster.Endpoints, strings.TrimSpace(endpoint))
+		}
+	}
+	if c.Cluster.TTL < 2*time.Second || c.Cluster.TTL > time.Hour {
+		return fail("--cluster.ttl=%s: use 2s to 1h", c.Cluster.TTL)
 	}
 	if c.RoutePrefix, err = cleanPrefix(c.routePrefix); err != nil {
 		return fail("--web.route-prefix=%q: %w", c.routePrefix, err)

@@ -16,6 +16,13 @@ func TestParseFlags(t *testing.T) {
 		c.MaxTimeout != 90*time.Minute || c.ExternalURL.Host != "culvert.example.net" || c.StoragePath != "data/" {
 		t.Errorf("got %+v", c)
 	}
+	c, _, err = parseFlags([]string{"--cluster.etcd-endpoints=http://a:2379, http://b:2379", "--cluster.etcd-endpoints=http://c:2379"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(c.Cluster.Endpoints, " "); got != "http://a:2379 http://b:2379 http://c:2379" || c.Cluster.TTL != 10*time.Second || c.Cluster.ListenAddress != ":8081" {
+		t.Errorf("got %q, %+v", got, c.Cluster)
+	}
 	c, _, err = parseFlags(nil)
 	if err != nil {
 		t.Fatal(err)
@@ -38,6 +45,7 @@ func TestParseFlagsErrors(t *testing.T) {
 		"--agent.max-known=0":          "at least 1",
 		"--connect.max-concurrent=-1":  "at least 1",
 		"--agent.forget-after=forever": "forever",
+		"--cluster.ttl=1s":             "2s to 1h",
 	} {
 		_, _, err := parseFlags([]string{flag})
 		if err == nil || !strings.Contains(err.Error(), want) {

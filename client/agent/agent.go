@@ -38,6 +38,12 @@ type Config struct {
 	Name string
 	// ProxyURLs are the proxies; the agent keeps a session to each. At least one.
 	ProxyURLs []string
+	// ResolveAll takes each address of the host of a proxy URL for a proxy of its own.
+	// The hosts are looked up again every 30 s. A forward proxy of the environment
+	// (HTTPS_PROXY) looks names up itself: it has no effect there.
+	ResolveAll bool
+	// LookupHost looks a host up for ResolveAll: net.DefaultResolver by default.
+	LookupHost func(ctx context.Context, host string) ([]netip.Addr, error)
 	// Labels describe the agent in discovery, as __meta_culvert_label_NAME.
 	Labels map[string]string
 	// Targets are reached as TARGET.NAME.
@@ -136,19 +142,22 @@ type Agent struct {
 
 	refusedAddress, longResponse rarely
 
-	mu      sync.Mutex // protects what follows, and changes of current
-	links   map[string]*link
-	started bool             // Run was called
-	running context.Context  // of the links, nil before there are any
-	tasks   sync.WaitGroup   // the links' goroutines
-	held    map[string]*link // by the proxy's ID: one session each
+	resolveNow chan struct{} // has one after a reload
+
+	mu       sync.Mutex // protects what follows, and changes of current
+	links    map[linkKey]*link
+	resolved map[string][]netip.Addr // by host, for ResolveAll
+	started  bool                    // Run was called
+	running  context.Context         // of the links, nil before there are any
+	tasks    sync.WaitGroup          // the links' goroutines
+	held     map[string]*link        // by the proxy's ID: one session each
 }
 
 // New checks the configuration. It returns an error that names the field.
 func New(cfg Config) (*Agent, error) {
 	id := make([]byte, 16)
 	rand.Read(id)
-	a := &Agent{instance: hex.EncodeToString(id), links: map[string]*link{}, held: map[string]*link{}, scrapes: new(places), tunnels: new(places)}
+	a := &Agent{instance: hex.EncodeToString(id), links: map[linkKey]*link{}, resolved: map[string][]netip.Addr{}, resolveNow: make(chan struct{}, 1), held: map[string]*link{}, scrapes: new(places), tunnels: new(places)}
 	logger := func() *slog.Logger { return a.current.Load().Logger }
 	a.refusedAddress.logger, a.longResponse.logger = logger, logger
 	a.metrics = newMetrics(a)
@@ -182,6 +191,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.running = ctx
 	a.startLinks()
 	a.mu.Unlock()
+	a.tasks.Go(func() { a.resolveLoop(ctx) })
 	<-ctx.Done()
 	stopPushes()
 	a.tasks.Wait()
@@ -215,6 +225,10 @@ func (a *Agent) reload(snap *snapshot) {
 		return
 	}
 	a.startLinks()
+	select {
+	case a.resolveNow <- struct{}{}:
+	default:
+	}
 	for _, l := range a.links {
 		l.reload(old, snap)
 	}
@@ -225,16 +239,13 @@ func (a *Agent) resizePlaces(snap *snapshot) {
 	a.tunnels.resize(snap.MaxTunnels)
 }
 
-// startLinks starts and stops links so that there is one for each proxy URL. It
-// is called with mu held.
+// startLinks starts and stops links so that there is one for each proxy URL, or for
+// each address of its host. It is called with mu held.
 func (a *Agent) startLinks() {
-	snap := a.current.Load()
-	wanted := map[string]bool{}
-	for _, u := range snap.proxies {
-		key := u.String()
-		wanted[key] = true
+	wanted := a.wantedLinks()
+	for key, u := range wanted {
 		if a.links[key] == nil {
-			l := newLink(a, u)
+			l := newLink(a, u, key.address)
 			a.links[key] = l
 			ctx, cancel := context.WithCancel(a.running)
 			l.stop = cancel
@@ -242,9 +253,14 @@ func (a *Agent) startLinks() {
 		}
 	}
 	for key, l := range a.links {
-		if !wanted[key] {
+		if wanted[key] == nil {
 			l.stop()
 			delete(a.links, key)
+			if key.address.IsValid() { // of names with many addresses in the course of time
+				for _, counter := range []*prometheus.CounterVec{a.metrics.connects, a.metrics.reconnects} {
+					counter.DeletePartialMatch(prometheus.Labels{"proxy": l.label})
+				}
+			}
 		}
 	}
 }
@@ -438,6 +454,11 @@ func (a *Agent) newSnapshot(cfg Config) (*snapshot, error) {
 	if cfg.ShutdownTimeout <= 0 {
 		cfg.ShutdownTimeout = 10 * time.Second
 	}
+	if cfg.LookupHost == nil {
+		cfg.LookupHost = func(ctx context.Context, host string) ([]netip.Addr, error) {
+			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+		}
+	}
 	if cfg.Name == "" {
 		name, err := FQDN()
 		if err != nil {
@@ -464,6 +485,9 @@ func (a *Agent) newSnapshot(cfg Config) (*snapshot, error) {
 			return nil, err
 		}
 		s.proxies = append(s.proxies, u)
+	}
+	if cfg.ResolveAll && cfg.Push.StoragePath != "" && cfg.Push.Relay != RelayFirst {
+		return nil, errors.New("with --proxy.resolve-all the proxies are not known beforehand, so pushes can't be kept for each of them: share one push store among them, and give --push.relay=first")
 	}
 	if err := s.checkToken(); err != nil {
 		return nil, err

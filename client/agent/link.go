@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,11 +32,14 @@ const (
 
 // link keeps one session to one proxy.
 type link struct {
-	agent  *Agent
-	url    *ProxyURL
-	label  string // the URL without credentials
-	stop   context.CancelFunc
-	logger func() *slog.Logger
+	agent *Agent
+	url   *ProxyURL
+	label string // the URL without credentials
+	// address is the one of the URL's host that this link is for; the zero value where
+	// it is for all of them.
+	address netip.Addr
+	stop    context.CancelFunc
+	logger  func() *slog.Logger
 
 	connected atomic.Bool
 	second    atomic.Pointer[link] // has a session to the same proxy, so this link waits
@@ -50,8 +54,11 @@ type link struct {
 	lastLogged  time.Time
 }
 
-func newLink(a *Agent, u *ProxyURL) *link {
-	l := &link{agent: a, url: u, label: u.Redacted(), wake: make(chan struct{}, 1)}
+func newLink(a *Agent, u *ProxyURL, address netip.Addr) *link {
+	l := &link{agent: a, url: u, label: u.Redacted(), address: address, wake: make(chan struct{}, 1)}
+	if address.IsValid() {
+		l.label += " at " + address.String()
+	}
 	l.logger = func() *slog.Logger { return a.current.Load().Logger.With("proxy", l.label) }
 	return l
 }
@@ -60,6 +67,9 @@ func newLink(a *Agent, u *ProxyURL) *link {
 func (l *link) run(ctx context.Context) {
 	bound := time.Duration(0) // of the next wait; 0: start anew
 	dialer := l.agent.dialer(l.url)
+	if l.address.IsValid() {
+		dialer.Host = l.address.String()
+	}
 	for ctx.Err() == nil {
 		snap := l.agent.current.Load()
 		l.agent.update(dialer)
@@ -101,6 +111,9 @@ func (l *link) run(ctx context.Context) {
 type errSameProxy struct{ link *link }
 
 func (e errSameProxy) Error() string {
+	if e.link.address.IsValid() {
+		return "this address leads to the same proxy as " + e.link.label + ", which has a session already"
+	}
 	return "this is the same proxy as " + e.link.label + ", which has a session already; remove one of the two --proxy-url"
 }
 
@@ -171,6 +184,11 @@ func (l *link) failed(err error) time.Duration {
 	kind := err.Error()
 	if op, ok := errors.AsType[*net.OpError](err); ok {
 		kind = op.Op + ": " + op.Err.Error() // the ports differ each time
+	}
+	if same.link != nil && l.address.IsValid() { // two addresses of one host are nothing special
+		l.lastFailure = kind
+		l.logger().Debug("Not needed", attrs...)
+		return wait
 	}
 	if kind != l.lastFailure || time.Since(l.lastLogged) > repeatLog {
 		l.lastFailure, l.lastLogged = kind, time.Now()

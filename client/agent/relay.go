@@ -172,9 +172,12 @@ func (a *Agent) sessionFor(cursor string) (*protocol.Session, string) {
 	snap := a.current.Load()
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	var links []*link
 	for _, u := range snap.proxies {
-		l := a.links[u.String()]
-		if l == nil || cursor != firstCursor && l.label != cursor {
+		links = append(links, a.linksOf(u)...)
+	}
+	for _, l := range links {
+		if cursor != firstCursor && l.label != cursor {
 			continue
 		}
 		if session := l.currentSession(); session != nil {

@@ -2,6 +2,7 @@ package access
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/hex"
@@ -28,11 +29,14 @@ const maxPins = 100_000
 // the name and the key's SHA-256, or "-" where the name was released. The last of a name
 // counts. A last line without its end was never acknowledged.
 type Pins struct {
-	path string // "": memory only
+	path   string // "": memory only
+	shared Registrar
 
-	mu      sync.RWMutex // protects what follows
-	keys    map[string]proof
-	pending []byte // lines that are to be written
+	mu        sync.RWMutex // protects what follows
+	keys      map[string]proof
+	pending   []byte              // lines that are to be written
+	unclaimed map[string]struct{} // names whose keys the registrar was not told of
+	replaced  uint64              // counts names that got another key
 
 	writing sync.Mutex // held while the file is written; protects what follows
 	rewrite bool       // the file's end is not known to be good
@@ -45,7 +49,8 @@ var (
 	ErrPinned = errors.New("the name is pinned to another key")
 	// ErrTooManyPins: no more names can have a key.
 	ErrTooManyPins = fmt.Errorf("%d names have a key, and no more can", maxPins)
-	// ErrNotKept: a key counts until the proxy ends, and is not on the disk.
+	// ErrNotKept: a key counts until the proxy ends, and is not on the disk, or not known
+	// to the other proxies yet.
 	ErrNotKept = errors.New("the key is not kept across a restart")
 )
 
@@ -113,24 +118,140 @@ func (p *Pins) Pin(name, key string) error {
 		return ErrTooManyPins
 	}
 	p.keys[name] = sum // from here on nobody else can have it
+	p.mu.Unlock()
+	var notShared error
+	if p.shared != nil {
+		claimed := hex.EncodeToString(sum[:])
+		switch standing, err := p.shared.Claim(map[string]string{name: claimed}); {
+		case err != nil:
+			notShared = fmt.Errorf("%w: other proxies don't know it yet: %w", ErrNotKept, err)
+		case standing[name] != claimed:
+			p.Apply(name, standing[name])
+			return ErrPinned
+		}
+	}
+	p.mu.Lock()
+	if p.keys[name] != sum { // released, or another one's by now
+		p.mu.Unlock()
+		return ErrPinned
+	}
+	if notShared != nil {
+		p.unclaimed[name] = struct{}{}
+	}
 	p.pending = fmt.Appendf(p.pending, "%s %x\n", name, sum)
 	p.mu.Unlock()
-	return p.write()
+	return cmp.Or(notShared, p.write())
+}
+
+// Registrar keeps the keys of several proxies together, as SHA-256 in hex.
+type Registrar interface {
+	// Claim gives names the keys where they have none, and returns the keys that stand.
+	Claim(keys map[string]string) (standing map[string]string, err error)
+	// Release takes the key from a name, and reports whether it had one.
+	Release(name string) (bool, error)
+}
+
+// Share has the keys counted by a registrar too, which tells of changes by Load and
+// Apply. It is called before all else.
+func (p *Pins) Share(r Registrar) { p.shared, p.unclaimed = r, map[string]struct{}{} }
+
+// Load takes all keys of the registrar. What it has no more was released meanwhile;
+// but where it is not the one of last time, it is told of what is known here.
+func (p *Pins) Load(keys map[string]string, same bool) {
+	missing := map[string]string{}
+	p.mu.Lock()
+	for name, sum := range p.keys {
+		if _, ok := keys[name]; ok {
+			continue
+		}
+		if _, unclaimed := p.unclaimed[name]; unclaimed || !same {
+			missing[name] = hex.EncodeToString(sum[:])
+			continue
+		}
+		p.set(name, "")
+	}
+	for name, key := range keys {
+		p.set(name, key)
+	}
+	clear(p.unclaimed)
+	p.mu.Unlock()
+	if len(missing) > 0 {
+		standing, err := p.shared.Claim(missing)
+		p.mu.Lock()
+		for name := range missing {
+			if err != nil {
+				p.unclaimed[name] = struct{}{}
+			} else {
+				p.set(name, standing[name])
+			}
+		}
+		p.mu.Unlock()
+	}
+	p.write() // the registrar has it in any case
+}
+
+// Apply takes one key of the registrar, "" for none any more.
+func (p *Pins) Apply(name, key string) {
+	p.mu.Lock()
+	changed := p.set(name, key)
+	p.mu.Unlock()
+	if changed {
+		p.write() // the registrar has it in any case
+	}
+}
+
+// set is called with mu held. It reports whether that was a change.
+func (p *Pins) set(name, key string) bool {
+	before, had := p.keys[name]
+	if key == "" {
+		if had {
+			delete(p.keys, name)
+			p.pending = fmt.Appendf(p.pending, "%s -\n", name)
+		}
+		return had
+	}
+	var sum proof
+	if n, err := hex.Decode(sum[:], []byte(key)); err != nil || n != len(sum) || had && before == sum {
+		return false
+	}
+	if had {
+		p.replaced++
+	}
+	p.keys[name] = sum
+	p.pending = fmt.Appendf(p.pending, "%s %x\n", name, sum)
+	return true
+}
+
+// Replaced counts how often a name got another key than it had: agents that showed the
+// one before are not whom they seem to be.
+func (p *Pins) Replaced() uint64 {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	return p.replaced
 }
 
 // Release takes the key from the name. It returns false where there was none, and
 // ErrNotKept where the name has its key again after a restart.
 func (p *Pins) Release(name string) (bool, error) {
+	var elsewhere bool
+	var notShared error
+	if p.shared != nil {
+		var err error
+		if elsewhere, err = p.shared.Release(name); err != nil {
+			notShared = fmt.Errorf("%w: other proxies keep it: %w", ErrNotKept, err)
+		}
+	}
 	p.mu.Lock()
 	_, ok := p.keys[name]
 	if !ok {
 		p.mu.Unlock()
-		return false, nil
+		return elsewhere, notShared
 	}
+	delete(p.unclaimed, name)
 	delete(p.keys, name)
 	p.pending = fmt.Appendf(p.pending, "%s -\n", name)
 	p.mu.Unlock()
-	return true, p.write()
+	return true, cmp.Or(notShared, p.write())
 }
 
 // write writes what is pending. What comes meanwhile, as after the first start of many

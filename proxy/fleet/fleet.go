@@ -28,6 +28,8 @@ type Config struct {
 	// meanRegistration bytes each, what their registrations take together. 20,000 by
 	// default.
 	MaxKnown int
+	// Shared connects the fleet with those of other proxies; nil where there are none.
+	Shared *Shared
 	// Logger is slog.Default by default.
 	Logger *slog.Logger
 }
@@ -45,9 +47,11 @@ type Fleet struct {
 	config  Config
 	store   *store // nil: memory only
 	started time.Time
-	stored  bool // the list was read from the store
+
+	conflicts chan struct{} // has one when a name has two instances: see settleConflicts
 
 	mu        sync.RWMutex // protects what follows, and the fields of agents
+	stored    bool         // the list was read from the store, or the other proxies have it
 	agents    map[string]*Agent
 	names     map[string]*Agent              // TARGET.AGENT
 	hosts     map[string]map[*Agent]struct{} // exact hosts
@@ -55,6 +59,13 @@ type Fleet struct {
 	newest    time.Time                      // when a name registered for the first time
 	bytes     int                            // of all registrations: see size
 	changes   uint64                         // counts what discovery can see: see changed
+
+	// Of a fleet that is shared: see shared.go.
+	cluster       string              // Snapshot.Cluster
+	deleted       map[string]struct{} // agents whose records are to be deleted
+	draining      bool
+	loaded        bool // what the other proxies know has come
+	sharedSettled bool // the other proxies know that the list is complete
 }
 
 // Agent is one known agent.
@@ -72,6 +83,7 @@ type Agent struct {
 	reason       string // why it was lost
 	change       uint64 // Fleet.changes at its last change
 	waiters      map[chan struct{}]struct{}
+	sharing
 }
 
 // Conn is a session of an agent, and the HTTP connections in it.
@@ -116,6 +128,7 @@ func Open(config Config) (*Fleet, error) {
 		config: config, started: time.Now(),
 		agents: map[string]*Agent{}, names: map[string]*Agent{},
 		hosts: map[string]map[*Agent]struct{}{}, wildcards: map[string]map[*Agent]struct{}{},
+		conflicts: make(chan struct{}, 1), deleted: map[string]struct{}{},
 	}
 	if config.Path == "" {
 		return f, nil
@@ -125,6 +138,7 @@ func Open(config Config) (*Fleet, error) {
 	if f.store, records, f.stored, err = openStore(config.Path, config.Logger); err != nil {
 		return nil, err
 	}
+	f.cluster = f.store.cluster
 	for _, rec := range records {
 		a := f.newAgent(rec.Name)
 		a.registration, a.firstSeen, a.since, a.reason = rec.Registration, rec.FirstSeen, rec.LostAt, "not back since the proxy started"
@@ -150,11 +164,23 @@ func (f *Fleet) Run(ctx context.Context) {
 	defer tick.Stop()
 	settle := time.NewTicker(max(f.config.SettleTime/20, 10*time.Millisecond))
 	defer settle.Stop()
+	var sweep <-chan time.Time
+	if f.config.Shared != nil {
+		ticker := time.NewTicker(sweepEvery)
+		defer ticker.Stop()
+		sweep = ticker.C
+		var settling sync.WaitGroup
+		defer settling.Wait()
+		settling.Go(func() { f.settleConflicts(ctx) })
+	}
 	for {
 		select {
 		case <-ctx.Done():
 			f.noteSettled()
 			return
+		case <-sweep:
+			f.sweep()
+			continue
 		case <-settle.C:
 			if f.noteSettled() {
 				settle.Stop()
@@ -166,6 +192,10 @@ func (f *Fleet) Run(ctx context.Context) {
 			conn.Transport.CloseIdle(streamIdle)
 		}
 		for _, name := range f.expired(time.Now()) {
+			if f.config.Shared != nil {
+				f.forgetShared(name)
+				continue
+			}
 			if _, ok := f.remove(name, func(a *Agent) bool { return a.conn == nil }); ok {
 				f.config.Logger.Info("Agent forgotten", "agent", name, "after", f.config.ForgetAfter)
 			}
@@ -177,14 +207,28 @@ func (f *Fleet) Run(ctx context.Context) {
 // when there is nothing left to do.
 func (f *Fleet) noteSettled() bool {
 	settled, _ := f.Settled()
-	if !settled || f.stored || f.store == nil {
-		return settled
+	if !settled {
+		return false
+	}
+	f.mu.Lock()
+	tell := f.config.Shared != nil && !f.sharedSettled && f.loaded
+	if tell {
+		f.sharedSettled = true
+	}
+	unknown := f.config.Shared != nil && !f.loaded
+	stored := f.stored
+	f.mu.Unlock()
+	if tell {
+		f.config.Shared.Settled()
+	}
+	if stored || f.store == nil {
+		return !unknown
 	}
 	if err := f.store.setSettled(); err != nil {
 		f.config.Logger.Error("The list of known agents could not be marked as complete", "err", err)
 		return false
 	}
-	return true
+	return !unknown
 }
 
 func (f *Fleet) expired(now time.Time) []string {
@@ -192,11 +236,30 @@ func (f *Fleet) expired(now time.Time) []string {
 	defer f.mu.RUnlock()
 	var names []string
 	for name, a := range f.agents {
-		if a.conn == nil && now.Sub(a.since) >= f.config.ForgetAfter {
+		since := a.since
+		// Another proxy's clock may be behind: what counts is when this one learned it.
+		if f.config.Shared != nil && !a.learned.IsZero() {
+			since = a.learned
+		}
+		if !a.isConnected() && now.Sub(since) >= f.config.ForgetAfter {
 			names = append(names, name)
 		}
 	}
 	return names
+}
+
+// forgetShared has the record of an agent deleted that no proxy holds. The event of
+// that takes it out here, as everywhere.
+func (f *Fleet) forgetShared(name string) {
+	if !f.config.Shared.Leads() {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if a := f.agents[name]; a != nil && !a.isConnected() {
+		a.forget = true
+		f.share(a, false)
+	}
 }
 
 func (f *Fleet) newAgent(name string) *Agent {
@@ -215,8 +278,12 @@ func (f *Fleet) Lost(conn *Conn, reason string) bool {
 		f.mu.Unlock()
 		return false
 	}
-	a.conn, a.since, a.reason = nil, time.Now(), reason
-	f.changed(a)
+	a.conn = nil
+	if !a.isConnected() {
+		a.since, a.reason, a.learned = time.Now(), reason, time.Now()
+		f.changed(a)
+	}
+	f.share(a, !a.isConnected())
 	rec := a.record()
 	f.mu.Unlock()
 	conn.Transport.CloseIdleConnections()
@@ -241,9 +308,18 @@ func (f *Fleet) Leave(ctx context.Context, conn *Conn) error {
 	if a != nil && a.conn != conn {
 		other = a.conn
 	}
+	strangers := f.strangers(conn, nil)
 	f.mu.RUnlock()
 	if a == nil {
 		return ErrUnknown
+	}
+	for _, held := range strangers {
+		askCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), pingTimeout+time.Second)
+		alive, err := f.config.Shared.Alive(askCtx, conn.Agent, held)
+		cancel()
+		if err != nil || alive {
+			return ErrConnected
+		}
 	}
 	if other != nil && alive(ctx, other) {
 		return ErrConnected
@@ -280,16 +356,17 @@ func (f *Fleet) remove(name string, if_ func(*Agent) bool) (*Conn, bool) {
 		return nil, false
 	}
 	conn := a.conn
-	a.conn = nil
-	f.unindex(a)
-	delete(f.agents, name)
-	f.changed(a)
-	f.mu.Unlock()
-	if f.store != nil {
-		f.store.saveLater(record{Name: name, deleted: true})
+	if f.config.Shared != nil && (a.modified != 0 || a.put != nil || f.cluster == "") {
+		f.deleted[name] = struct{}{}
 	}
+	f.drop(a)
+	f.share(a, false)
+	f.mu.Unlock()
 	return conn, true
 }
+
+// loadRetry is when to ask again for a list that waits for other proxies' records.
+const loadRetry = 10 * time.Second
 
 // Settled reports whether the list of agents can be trusted, and if not, when it
 // will be at the latest. A list that was stored can. Without one it can after
@@ -298,11 +375,16 @@ func (f *Fleet) remove(name string, if_ func(*Agent) bool) (*Conn, bool) {
 func (f *Fleet) Settled() (bool, time.Time) {
 	end := f.started.Add(f.config.SettleTime)
 	now := time.Now()
-	if f.stored || !now.Before(end) {
-		return true, now
-	}
 	f.mu.RLock()
 	defer f.mu.RUnlock()
+	switch {
+	case f.stored:
+		return true, now
+	case f.config.Shared != nil && !f.loaded: // others know more, and nothing tells when they can be asked
+		return false, now.Add(loadRetry)
+	case !now.Before(end):
+		return true, now
+	}
 	return !f.newest.IsZero() && now.Sub(f.newest) >= f.config.SettleTime/6, end
 }
 

@@ -19,8 +19,9 @@ type Info struct {
 	RemoteAddr   string                `json:"remote_address,omitempty"`
 	Transport    string                `json:"transport,omitempty"` // "upgrade" or "websocket"
 	RTTSeconds   float64               `json:"rtt_seconds,omitempty"`
-	Streams      int                   `json:"streams"`
+	Streams      *int                  `json:"streams,omitempty"` // nil: another proxy knows
 	Registration protocol.Registration `json:"registration"`
+	Proxies      []Holder              `json:"proxies,omitempty"` // that hold a session, where several are one
 
 	// Change grows with each change of what discovery lists: of two infos of one
 	// name with the same Change, Connected and Registration are the same.
@@ -33,7 +34,7 @@ func (f *Fleet) Agents() []Info {
 	f.mu.RLock()
 	infos := make([]Info, 0, len(f.agents))
 	for _, a := range f.agents {
-		infos = append(infos, a.info())
+		infos = append(infos, f.info(a))
 	}
 	f.mu.RUnlock()
 	slices.SortFunc(infos, func(a, b Info) int { return strings.Compare(a.Name, b.Name) })
@@ -45,20 +46,36 @@ func (f *Fleet) Agent(name string) (Info, bool) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	if a := f.agents[name]; a != nil {
-		return a.info(), true
+		return f.info(a), true
 	}
 	return Info{}, false
 }
 
-func (a *Agent) info() Info {
+func (f *Fleet) info(a *Agent) Info {
 	i := Info{
-		Name: a.Name, Kind: "culvert", Since: a.since, FirstSeen: a.firstSeen,
+		Name: a.Name, Kind: "culvert", Since: a.since.UTC(), FirstSeen: a.firstSeen.UTC(),
 		LostReason: a.reason, Registration: a.registration, Change: a.change,
 	}
 	if c := a.conn; c != nil {
 		i.Connected, i.RemoteAddr, i.Transport = true, c.RemoteAddr, c.Session.Transport
-		i.RTTSeconds, i.Streams = c.RTT().Seconds(), c.NumStreams()
+		streams := c.NumStreams()
+		i.RTTSeconds, i.Streams = c.RTT().Seconds(), &streams
+	} else if len(a.peers) == 0 {
+		streams := 0
+		i.Streams = &streams
 	}
+	if f.config.Shared == nil || !a.isConnected() {
+		return i
+	}
+	// Of several sessions the oldest stands for the agent, on every proxy.
+	i.Connected, i.LostReason, i.Proxies = true, "", f.holders(a)
+	oldest := i.Proxies[0]
+	for _, h := range i.Proxies {
+		if h.Since.Before(oldest.Since) {
+			oldest = h
+		}
+	}
+	i.Since, i.RemoteAddr, i.Transport = oldest.Since, oldest.RemoteAddr, oldest.Transport
 	return i
 }
 
@@ -82,7 +99,7 @@ func (f *Fleet) Counts() (connected, lost int) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	for _, a := range f.agents {
-		if a.conn != nil {
+		if a.isConnected() {
 			connected++
 		} else {
 			lost++

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"reflect"
 	"time"
 
 	"github.com/culvert-io/culvert/protocol"
@@ -17,15 +18,15 @@ import (
 // fleet is full: see Config.MaxKnown. When it returns nil the agent is stored, unless storing failed, which
 // is logged: scrapes go on without a store.
 func (f *Fleet) Register(ctx context.Context, conn *Conn, reg protocol.Registration) error {
-	var dead *Conn
+	var gone silent
 	for {
-		err := f.check(ctx, conn, reg, &dead)
+		err := f.check(ctx, conn, reg, &gone)
 		if err != nil {
 			return err
 		}
 		f.mu.Lock()
 		a := f.agents[conn.Agent]
-		if f.collision(conn.Agent, reg) != nil || f.full(conn.Agent, reg) != nil || f.rival(conn, dead) != nil {
+		if _, err := f.collision(conn.Agent, reg); err != nil || f.full(conn.Agent, reg) != nil || f.rival(conn, gone.conn) != nil || len(f.strangers(conn, gone.held)) > 0 {
 			f.mu.Unlock()
 			continue // somebody came in between
 		}
@@ -38,19 +39,17 @@ func (f *Fleet) Register(ctx context.Context, conn *Conn, reg protocol.Registrat
 			a.firstSeen = time.Now()
 			f.newest = a.firstSeen
 			f.agents[a.Name] = a
+			delete(f.deleted, a.Name)
 		}
 		old := a.conn
+		a.forget = false
+		f.share(a, a.created == 0 || a.lost || !reflect.DeepEqual(a.registration, reg))
 		f.unindex(a)
 		a.registration = reg
 		f.index(a)
 		if old != conn {
 			a.conn, a.since, a.reason = conn, time.Now(), ""
-			for w := range a.waiters {
-				select {
-				case w <- struct{}{}:
-				default:
-				}
-			}
+			f.wake(a)
 		}
 		f.changed(a)
 		rec := a.record()
@@ -73,13 +72,18 @@ func (f *Fleet) Register(ctx context.Context, conn *Conn, reg protocol.Registrat
 
 // Check returns what Register would return, without any effect.
 func (f *Fleet) Check(ctx context.Context, conn *Conn, reg protocol.Registration) error {
-	var dead *Conn
-	return f.check(ctx, conn, reg, &dead)
+	return f.check(ctx, conn, reg, new(silent))
 }
 
-// check looks for what speaks against a registration. It sets dead to the session
-// that has the name and gave no sign of life.
-func (f *Fleet) check(ctx context.Context, conn *Conn, reg protocol.Registration, dead **Conn) error {
+// silent are sessions that have a name and gave no sign of life.
+type silent struct {
+	conn *Conn
+	held map[int64]struct{} // of other proxies, by their revisions
+}
+
+// check looks for what speaks against a registration. It notes the sessions that have
+// the name and gave no sign of life.
+func (f *Fleet) check(ctx context.Context, conn *Conn, reg protocol.Registration, gone *silent) error {
 	if err := reg.Check(conn.Agent); err != nil {
 		return protocol.Refusef(http.StatusBadRequest, protocol.CodeInvalid, "registration of %q: %v", conn.Agent, err)
 	}
@@ -88,21 +92,40 @@ func (f *Fleet) check(ctx context.Context, conn *Conn, reg protocol.Registration
 			"the registration of %q takes %d bytes with its labels at each target, as discovery lists them; at most %d: declare fewer targets, or fewer labels", conn.Agent, n, maxRegistration)
 	}
 	f.mu.RLock()
-	err := cmp.Or(f.collision(conn.Agent, reg), f.full(conn.Agent, reg))
-	rival := f.rival(conn, *dead)
+	_, err := f.collision(conn.Agent, reg)
+	err = cmp.Or(err, f.full(conn.Agent, reg))
+	rival := f.rival(conn, gone.conn)
+	strangers := f.strangers(conn, gone.held)
 	f.mu.RUnlock()
 	if err != nil {
 		return err
 	}
+	for _, held := range strangers {
+		askCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), pingTimeout+time.Second)
+		alive, err := f.config.Shared.Alive(askCtx, conn.Agent, held)
+		cancel()
+		if alive {
+			return protocol.Refusef(http.StatusConflict, protocol.CodeTaken,
+				"the name %q is taken by a live agent at %s, connected for %s through another proxy; stop that one, or choose another --fqdn",
+				conn.Agent, held.RemoteAddr, time.Since(held.Since).Round(time.Second))
+		}
+		if err != nil {
+			f.config.Logger.Warn("The proxy that holds another agent of the name can't be asked for it; the newcomer is taken", "agent", conn.Agent, "holder", held.RemoteAddr, "err", err)
+		}
+		if gone.held == nil {
+			gone.held = map[int64]struct{}{}
+		}
+		gone.held[held.Revision] = struct{}{}
+	}
 	if rival == nil {
-		return nil
+		return ctx.Err()
 	}
 	if alive(ctx, rival) {
 		return protocol.Refusef(http.StatusConflict, protocol.CodeTaken,
 			"the name %q is taken by a live agent at %s, connected for %s; stop that one, or choose another --fqdn",
 			conn.Agent, rival.RemoteAddr, time.Since(rival.started).Round(time.Second))
 	}
-	*dead = rival
+	gone.conn = rival
 	return ctx.Err() // nobody waits for the answer any more
 }
 
@@ -130,10 +153,10 @@ func alive(ctx context.Context, c *Conn) bool {
 }
 
 // collision returns the refusal for a registration whose names lead elsewhere
-// already. Only hosts may be shared between agents. It is called with mu held.
-func (f *Fleet) collision(agent string, reg protocol.Registration) error {
-	taken := func(what, by string) error {
-		return protocol.Refusef(http.StatusConflict, protocol.CodeCollision,
+// already, and to whom. Only hosts may be shared between agents. It is called with mu held.
+func (f *Fleet) collision(agent string, reg protocol.Registration) (holder string, err error) {
+	taken := func(what, by string) (string, error) {
+		return by, protocol.Refusef(http.StatusConflict, protocol.CodeCollision,
 			"%s; rename one of them, or remove %q with culvert-client leave or DELETE /api/v1/agents/%s", what, by, by)
 	}
 	if _, known := f.agents[agent]; !known {
@@ -169,7 +192,7 @@ func (f *Fleet) collision(agent string, reg protocol.Registration) error {
 			return taken(fmt.Sprintf("the host %q is a target of agent %q", h, holder.Name), holder.Name)
 		}
 	}
-	return nil
+	return "", nil
 }
 
 const (

@@ -49,11 +49,23 @@ func (f *Fleet) Resolve(name string) (Route, bool) {
 // Connected returns a connected agent of the route and its session. Where there
 // is none it waits until ctx ends, and returns false then.
 func (f *Fleet) Connected(ctx context.Context, r Route) (*Agent, *Conn, bool) {
+	var agent *Agent
+	var conn *Conn
+	ok := f.await(ctx, r, func() bool {
+		agent, conn = r.connected()
+		return conn != nil
+	})
+	return agent, conn, ok
+}
+
+// await asks found, with mu held, until it says yes, whenever an agent of the route
+// comes. It returns false where ctx ends before.
+func (f *Fleet) await(ctx context.Context, r Route, found func() bool) bool {
 	f.mu.RLock()
-	a, conn := r.connected()
+	ok := found()
 	f.mu.RUnlock()
-	if conn != nil {
-		return a, conn, true
+	if ok {
+		return true
 	}
 	arrived := make(chan struct{}, 1)
 	f.mu.Lock()
@@ -70,15 +82,15 @@ func (f *Fleet) Connected(ctx context.Context, r Route) (*Agent, *Conn, bool) {
 	}()
 	for {
 		f.mu.RLock()
-		a, conn := r.connected()
+		ok := found()
 		f.mu.RUnlock()
-		if conn != nil {
-			return a, conn, true
+		if ok {
+			return true
 		}
 		select {
 		case <-arrived:
 		case <-ctx.Done():
-			return nil, nil, false
+			return false
 		}
 	}
 }

@@ -29,7 +29,7 @@ type record struct {
 
 func (a *Agent) record() record {
 	rec := record{Name: a.Name, Registration: a.registration, FirstSeen: a.firstSeen}
-	if a.conn == nil {
+	if !a.isConnected() {
 		rec.LostAt = a.since
 	}
 	return rec
@@ -45,6 +45,8 @@ type store struct {
 	work   chan struct{} // 1: there are pending records
 	done   chan struct{} // closed when the goroutine has ended
 
+	cluster string // what setCluster kept, when the file was opened
+
 	mu       sync.Mutex // protects what follows
 	pending  map[string]record
 	waiting  []chan error
@@ -59,11 +61,13 @@ var ErrInUse = boltstore.ErrInUse
 var (
 	fleetBucket = []byte("fleet")
 	settledKey  = []byte("settled")
+	clusterKey  = []byte("cluster")
 )
 
 // openStore opens the file, or creates it. It reports whether a list that can be
 // trusted was there. Errors are those of boltstore.OpenDB.
 func openStore(path string, logger *slog.Logger) (s *store, records []record, settled bool, err error) {
+	var cluster string
 	db, err := boltstore.OpenDB(path, func(db *bolt.DB) error {
 		return db.Update(func(tx *bolt.Tx) error {
 			about, err := tx.CreateBucketIfNotExists(fleetBucket)
@@ -71,6 +75,7 @@ func openStore(path string, logger *slog.Logger) (s *store, records []record, se
 				return err
 			}
 			settled = about.Get(settledKey) != nil
+			cluster = string(about.Get(clusterKey))
 			agents, err := tx.CreateBucketIfNotExists(agentsBucket)
 			if err != nil {
 				return err
@@ -96,7 +101,7 @@ func openStore(path string, logger *slog.Logger) (s *store, records []record, se
 	if err != nil {
 		return nil, nil, false, err
 	}
-	s = &store{db: db, logger: logger, work: make(chan struct{}, 1), done: make(chan struct{}), pending: map[string]record{}}
+	s = &store{cluster: cluster, db: db, logger: logger, work: make(chan struct{}, 1), done: make(chan struct{}), pending: map[string]record{}}
 	go s.run()
 	return s, records, settled, nil
 }
@@ -105,6 +110,13 @@ func openStore(path string, logger *slog.Logger) (s *store, records []record, se
 func (s *store) setSettled() error {
 	return s.db.Update(func(tx *bolt.Tx) error {
 		return tx.Bucket(fleetBucket).Put(settledKey, []byte("1"))
+	})
+}
+
+// setCluster notes of which cluster the stored list is: see Snapshot.Cluster.
+func (s *store) setCluster(id string) error {
+	return s.db.Update(func(tx *bolt.Tx) error {
+		return tx.Bucket(fleetBucket).Put(clusterKey, []byte(id))
 	})
 }
 

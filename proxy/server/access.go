@@ -311,6 +311,9 @@ func (s *Server) visibleAgents(r *http.Request) []fleet.Info {
 	id, infos := s.identity(r), s.fleet.Agents()
 	visible := infos[:0]
 	for _, info := range infos {
+		if s.cluster != nil { // the list is alike on every proxy; GET of one agent tells
+			info.RTTSeconds, info.Streams = 0, nil
+		}
 		if id.MayScrape(info.Name) {
 			visible = append(visible, info)
 		}
@@ -409,7 +412,7 @@ const recheckEvery = time.Second
 // watchAccess ends what goes on under credentials that don't count any more, after
 // each reload and as they expire, until ctx ends.
 func (s *Server) watchAccess(ctx context.Context) {
-	seen := s.access.Roles().Stamped()
+	seen, replaced := s.access.Roles().Stamped(), s.pins.Replaced()
 	tick := time.NewTicker(recheckEvery)
 	defer tick.Stop()
 	for {
@@ -431,7 +434,16 @@ func (s *Server) watchAccess(ctx context.Context) {
 		s.mu.Lock()
 		conns := slices.Collect(maps.Keys(s.conns))
 		s.mu.Unlock()
+		// Two proxies may have pinned a name while they could not reach etcd.
+		otherKeys := s.pins.Replaced()
+		recheckKeys := otherKeys != replaced && !roles.Open()
+		replaced = otherKeys
 		for _, conn := range conns {
+			if recheckKeys && conn.registered.Load() && s.pins.Check(conn.Agent, conn.key) != nil && conn.Err() == nil {
+				s.logger.Warn("Agent disconnected: its name is pinned to the key that another proxy was shown first", "agent", conn.Agent, "from", conn.RemoteAddr)
+				s.sessions.start(func() { conn.Close() })
+				continue
+			}
 			before := conn.identity.Load()
 			id := roles.Renew(before)
 			conn.identity.Store(id)
@@ -449,7 +461,10 @@ func (s *Server) watchAccess(ctx context.Context) {
 		}
 		s.mu.Lock()
 		for t := range s.tunnels {
-			if t.identity = roles.Renew(t.identity); !t.identity.MayScrape(t.conn.Agent) {
+			if t.identity == otherProxy { // which looks after it
+				continue
+			}
+			if t.identity = roles.Renew(t.identity); !t.identity.MayScrape(t.agent) {
 				t.stream.Close()
 				t.scraper.Close()
 			}

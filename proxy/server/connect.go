@@ -3,6 +3,7 @@ package server
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -11,24 +12,37 @@ import (
 
 	"github.com/culvert-io/culvert/protocol"
 	"github.com/culvert-io/culvert/proxy/access"
+	"github.com/culvert-io/culvert/proxy/cluster"
 	"github.com/culvert-io/culvert/proxy/fleet"
 )
 
 // tunnel is an open CONNECT tunnel.
 type tunnel struct {
-	conn    *fleet.Conn
-	stream  *protocol.Stream
+	agent   string
+	conn    *fleet.Conn // nil: another proxy holds the agent
+	stream  farEnd
 	scraper net.Conn
 
 	identity *access.Identity // of the scraper
 }
 
+// farEnd is the end of a tunnel that is not the scraper: a stream of an agent's session,
+// or a connection to the proxy that holds one.
+type farEnd interface {
+	net.Conn
+	Idle() time.Duration
+}
+
 // connect serves CONNECT NAME:PORT.
 func (s *Server) connect(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
-	outcome, open := s.openTunnel(w, r)
-	s.metrics.scrapes.WithLabelValues("connect", outcome).Inc()
-	s.metrics.duration.WithLabelValues("connect").Observe(time.Since(start).Seconds())
+	outcome, open := s.openTunnel(w, r, start)
+	mode := "connect"
+	if passedOn(r) {
+		mode = "peer"
+	}
+	s.metrics.scrapes.WithLabelValues(mode, outcome).Inc()
+	s.metrics.duration.WithLabelValues(mode).Observe(time.Since(start).Seconds())
 	if open != nil {
 		open()
 	}
@@ -36,7 +50,7 @@ func (s *Server) connect(w http.ResponseWriter, r *http.Request) {
 
 // openTunnel does all up to the 200. It returns the outcome, and what passes the
 // bytes where there is a tunnel now.
-func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, func()) {
+func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request, start time.Time) (string, func()) {
 	refuse := func(refusal *protocol.Refusal) (string, func()) {
 		s.refuse(w, r, refusal)
 		return refusal.Code.Outcome(), nil
@@ -45,29 +59,47 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 	if port == "" {
 		return refuse(protocol.Refusef(http.StatusBadRequest, protocol.CodeBadRequest, "CONNECT %s: the port is missing", r.RequestURI))
 	}
-	route, known := s.fleet.Resolve(name)
-	if !known {
-		return refuse(unknownAgent(name))
-	}
-	if refusal := s.limitRoute(r, &route); refusal != nil {
+	route, ways, refusal := s.routeOf(r, name)
+	if refusal != nil {
 		return refuse(refusal)
 	}
-	timeout := s.timeout(r.Header)
+	timeout := s.timeoutOf(r)
 	ctx, cancel := context.WithTimeout(r.Context(), timeout)
 	defer cancel()
-	agent, conn, err := s.await(ctx, route)
-	if err != nil {
-		refusal, _ := protocol.AsRefusal(err)
-		return refuse(refusal)
+	var agent *fleet.Agent
+	var conn *fleet.Conn
+	var stream farEnd
+	var ahead *bufio.Reader
+	release := func() {}
+	for again := true; again; {
+		way, err := s.await(ctx, route, ways)
+		if err != nil {
+			if _, ok := errors.AsType[*notHeld](err); ok {
+				w.Header().Set(cluster.HeaderHeld, "no")
+			}
+			refusal, _ := protocol.AsRefusal(err)
+			return refuse(refusal)
+		}
+		agent, conn, again, refusal = way.Agent, way.Conn, false, nil
+		if conn == nil {
+			stream, ahead, again, refusal = s.passOnConnect(ctx, r.RequestURI, way, ways, timeout-time.Since(start))
+			if refusal == nil && ctx.Err() != nil {
+				refusal = s.timedOut(route, agent, timeout)
+			}
+			continue
+		}
+		if err := s.takePlace(ctx, agent.Tunnels); err != nil {
+			return refuse(protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy,
+				"agent %q has %d CONNECT tunnels open (--connect.max-concurrent)", agent.Name, cap(agent.Tunnels)))
+		}
+		release = func() { <-agent.Tunnels }
+		stream, ahead, refusal = s.dialAgent(ctx, conn, r.RequestURI, route, agent, timeout)
 	}
-	if err := s.takePlace(ctx, agent.Tunnels); err != nil {
-		return refuse(protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy,
-			"agent %q has %d CONNECT tunnels open (--connect.max-concurrent)", agent.Name, cap(agent.Tunnels)))
-	}
-	release := func() { <-agent.Tunnels }
-	stream, ahead, refusal := s.dialAgent(ctx, conn, r.RequestURI, route, agent, timeout)
 	if refusal != nil {
 		release()
+		if stream != nil {
+			stream.Close()
+		}
 		if r.Context().Err() != nil {
 			return outcomeCancelled, nil
 		}
@@ -85,7 +117,7 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 		scraper.Close()
 		return outcomeCancelled, nil
 	}
-	t := &tunnel{conn: conn, stream: stream, scraper: scraper, identity: s.identity(r)}
+	t := &tunnel{agent: agent.Name, conn: conn, stream: stream, scraper: scraper, identity: s.identity(r)}
 	s.mu.Lock()
 	s.tunnels[t] = struct{}{}
 	s.mu.Unlock()
@@ -98,7 +130,11 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 			s.mu.Unlock()
 		}()
 		scraper.SetDeadline(time.Now().Add(timeout))
-		_, err := io.WriteString(scraper, "HTTP/1.1 200 Connection established\r\n\r\n")
+		established := "HTTP/1.1 200 Connection established\r\n"
+		if passedOn(r) {
+			established += cluster.HeaderPeer + ": " + s.id + "\r\n"
+		}
+		_, err := io.WriteString(scraper, established+"\r\n")
 		if err == nil {
 			err = protocol.PassAhead(scraper, ahead)
 		}
@@ -121,7 +157,7 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request) (string, fun
 
 // dialAgent opens a stream and has the agent connect to authority. It returns
 // the stream, and the reader that may hold what the target said already.
-func (s *Server) dialAgent(ctx context.Context, conn *fleet.Conn, authority string, route fleet.Route, agent *fleet.Agent, timeout time.Duration) (*protocol.Stream, *bufio.Reader, *protocol.Refusal) {
+func (s *Server) dialAgent(ctx context.Context, conn *fleet.Conn, authority string, route fleet.Route, agent *fleet.Agent, timeout time.Duration) (farEnd, *bufio.Reader, *protocol.Refusal) {
 	opened, err := conn.Open(ctx)
 	if err != nil {
 		return nil, nil, s.explain(ctx, err, route, agent, conn, timeout)

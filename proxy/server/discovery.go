@@ -122,6 +122,10 @@ func (s *Server) serveDiscovery(w http.ResponseWriter, r *http.Request, kept *ke
 	if settled, latest := s.fleet.Settled(); !settled {
 		wait := max(time.Until(latest), time.Second)
 		w.Header().Set("Retry-After", strconv.Itoa(int(wait.Seconds())+1))
+		if s.cluster != nil && s.cluster.Secret() == "" {
+			http.Error(w, "the proxy has no stored list of agents, and etcd, where the other proxies have theirs, has not answered yet (--cluster.etcd-endpoints)", http.StatusServiceUnavailable)
+			return
+		}
 		http.Error(w, fmt.Sprintf("the proxy started a moment ago without a stored list of agents; the list is complete in %d s at the latest (--agent.settle-time)", int(wait.Seconds())+1), http.StatusServiceUnavailable)
 		return
 	}

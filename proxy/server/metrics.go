@@ -28,7 +28,7 @@ func newMetrics(registry *prometheus.Registry, s *Server, stored bool) *metrics 
 		stats: new(protocol.Stats),
 		scrapes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "culvert_proxy_scrapes_total",
-			Help: "Scrapes by the way they came (proxy: proxy_url, path: /scrape/, connect: https, misdirected: rewritten by a balancer) and by outcome: ok, target-error, cancelled, broken, or the reason of the refusal, as in the Culvert-Error header.",
+			Help: "Scrapes by the way they came (proxy: proxy_url, path: /scrape/, connect: https, peer: passed on by another proxy, misdirected: rewritten by a balancer) and by outcome: ok, target-error, cancelled, broken, or the reason of the refusal, as in the Culvert-Error header.",
 		}, []string{"mode", "outcome"}),
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:                            "culvert_proxy_scrape_duration_seconds",

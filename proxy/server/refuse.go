@@ -17,7 +17,7 @@ import (
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refusal *protocol.Refusal) {
 	s.logger.Debug("Refused", "method", r.Method, "target", r.RequestURI, "from", r.RemoteAddr, "status", refusal.Status, "reason", refusal.Reason())
 	challenge(w.Header(), refusal.Status)
-	if r.ContentLength != 0 && r.Method != http.MethodConnect {
+	if r.Method != http.MethodConnect && (r.ContentLength != 0 || passedOn(r)) { // another proxy keeps its connections
 		finish(w)
 		refusal.Write(w)
 		return

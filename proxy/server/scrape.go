@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/proxy/cluster"
 	"github.com/culvert-io/culvert/proxy/fleet"
 )
 
@@ -38,7 +39,9 @@ type scrape struct {
 	start   time.Time
 
 	agent   *fleet.Agent // that serves it, once it is known
-	conn    *fleet.Conn
+	conn    *fleet.Conn  // to it, nil: another proxy holds it
+	place   chan struct{}
+	ways    *ways
 	outcome string
 }
 
@@ -70,24 +73,19 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 		}
 		s.metrics.scrapes.WithLabelValues(sc.mode, sc.outcome).Inc()
 		s.metrics.duration.WithLabelValues(sc.mode).Observe(time.Since(sc.start).Seconds())
-		if sc.agent != nil {
-			<-sc.agent.Scrapes
+		if sc.place != nil {
+			<-sc.place
 		}
 	}()
 
 	name, _ := protocol.SplitAuthority(authority)
-	var known bool
-	if sc.route, known = s.fleet.Resolve(name); !known {
-		sc.refuse(w, r, unknownAgent(name))
-		finished = true
-		return
-	}
-	if refusal := s.limitRoute(r, &sc.route); refusal != nil {
+	var refusal *protocol.Refusal
+	if sc.route, sc.ways, refusal = s.routeOf(r, name); refusal != nil {
 		sc.refuse(w, r, refusal)
 		finished = true
 		return
 	}
-	sc.timeout = s.timeout(r.Header)
+	sc.timeout = s.timeoutOf(r)
 	ctx, cancel := context.WithTimeout(r.Context(), sc.timeout)
 	defer cancel()
 	proxy := httputil.ReverseProxy{
@@ -98,6 +96,7 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 			// The opaque URL goes out as it came in, in absolute form.
 			pr.Out.URL = &url.URL{Scheme: "http", Host: "agent", Opaque: sc.target}
 			pr.Out.Host = authority
+			cluster.ClearHeader(pr.Out.Header)
 			if sc.mode == "path" {
 				// Both are between the scraper and this proxy.
 				pr.Out.Header.Del("Authorization")
@@ -109,6 +108,9 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 			if r.Context().Err() != nil {
 				sc.outcome = outcomeCancelled
 				panic(http.ErrAbortHandler)
+			}
+			if _, ok := errors.AsType[*notHeld](err); ok {
+				w.Header().Set(cluster.HeaderHeld, "no")
 			}
 			sc.refuse(w, r, s.explain(ctx, err, sc.route, sc.agent, sc.conn, sc.timeout))
 		},
@@ -126,13 +128,23 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 	finished = true
 }
 
-// RoundTrip passes the request to a connected agent. A session that ends before
-// the response's head came gets one more try, where that can do no harm.
+// RoundTrip passes the request to a connected agent, or to the proxy that holds it. A
+// session that ends before the response's head came gets one more try, where that can do
+// no harm; a proxy that gave no answer is not asked again.
 func (sc *scrape) RoundTrip(req *http.Request) (*http.Response, error) {
+	harmless := (req.Method == http.MethodGet || req.Method == http.MethodHead) && req.Body == nil
 	for try := 1; ; try++ {
-		conn, err := sc.acquire(req.Context())
+		way, err := sc.acquire(req.Context())
 		if err != nil {
 			return nil, err
+		}
+		conn := way.Conn
+		if conn == nil {
+			resp, again, err := sc.server.passOn(req, way, sc.ways, time.Until(sc.start.Add(sc.timeout)))
+			if again && harmless && req.Context().Err() == nil {
+				continue
+			}
+			return resp, err
 		}
 		resp, err := conn.Transport.RoundTrip(req)
 		if err == nil {
@@ -147,21 +159,20 @@ func (sc *scrape) RoundTrip(req *http.Request) (*http.Response, error) {
 		case <-req.Context().Done():
 		case <-time.After(100 * time.Millisecond):
 		}
-		harmless := (req.Method == http.MethodGet || req.Method == http.MethodHead) && req.Body == nil
-		if try == 2 || !harmless || conn.Err() == nil || req.Context().Err() != nil {
+		if try >= 2 || !harmless || conn.Err() == nil || req.Context().Err() != nil {
 			return nil, err
 		}
 	}
 }
 
-// acquire returns the session of a connected agent of the route, and takes one of
-// the agent's places. It returns a *protocol.Refusal.
-func (sc *scrape) acquire(ctx context.Context) (*fleet.Conn, error) {
-	if sc.agent != nil { // of the first try
-		<-sc.agent.Scrapes
-		sc.agent = nil
+// acquire returns the way to a connected agent of the route, and takes one of the
+// agent's places where it is connected here. It returns a *protocol.Refusal.
+func (sc *scrape) acquire(ctx context.Context) (fleet.Way, error) {
+	if sc.place != nil { // of the first try
+		<-sc.place
 	}
-	if len(sc.route.Agents) > 1 { // any that has a place will do
+	sc.place, sc.agent, sc.conn = nil, nil, nil
+	if len(sc.route.Agents) > 1 && !(sc.server.cluster != nil && sc.server.draining.Load()) { // any that has a place will do
 		for _, a := range rand.Perm(len(sc.route.Agents)) {
 			agent := sc.route.Agents[a]
 			conn := sc.server.fleet.ConnOf(agent)
@@ -170,34 +181,54 @@ func (sc *scrape) acquire(ctx context.Context) (*fleet.Conn, error) {
 			}
 			select {
 			case agent.Scrapes <- struct{}{}:
-				sc.agent, sc.conn = agent, conn
-				return conn, nil
+				sc.place, sc.agent, sc.conn = agent.Scrapes, agent, conn
+				return fleet.Way{Agent: agent, Conn: conn}, nil
 			default:
 			}
 		}
 	}
-	agent, conn, err := sc.server.await(ctx, sc.route)
+	way, err := sc.server.await(ctx, sc.route, sc.ways)
 	if err != nil {
-		return nil, err
+		return way, err
+	}
+	agent := way.Agent
+	if sc.agent, sc.conn = agent, way.Conn; way.Conn == nil {
+		return way, nil // the places are counted where the session is
 	}
 	if err := sc.server.takePlace(ctx, agent.Scrapes); err != nil {
-		return nil, protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy,
+		return way, protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy,
 			"agent %q has %d scrapes running (--scrape.max-concurrent), so %q had to wait too long; are its targets slow, or its scrapers too many?", agent.Name, cap(agent.Scrapes), sc.route.Name)
 	}
-	sc.agent, sc.conn = agent, conn
-	return conn, nil
+	sc.place = agent.Scrapes
+	return way, nil
 }
 
-// await returns a connected agent of the route; it waits ReconnectWait for one.
-// It returns a *protocol.Refusal.
-func (s *Server) await(ctx context.Context, route fleet.Route) (*fleet.Agent, *fleet.Conn, error) {
+// ways are the ways to an agent that a scrape may take.
+type ways struct {
+	here  bool             // of this proxy alone: another one has passed the scrape on
+	tried map[string]int64 // see fleet.Reach
+	last  error            // why the last of these is of no use
+}
+
+// await returns the way to a connected agent of the route; it waits ReconnectWait for
+// one. It returns a *protocol.Refusal.
+func (s *Server) await(ctx context.Context, route fleet.Route, ways *ways) (way fleet.Way, err error) {
 	waitCtx, cancel := context.WithTimeout(ctx, s.config.ReconnectWait)
 	defer cancel()
-	agent, conn, ok := s.fleet.Connected(waitCtx, route)
-	if !ok {
-		return nil, nil, s.offline(route)
+	if ways.here {
+		if conn := s.fleet.ConnOf(route.Agents[0]); conn != nil {
+			return fleet.Way{Agent: route.Agents[0], Conn: conn}, nil
+		}
+		return way, &notHeld{s.offline(route)}
 	}
-	return agent, conn, nil
+	way, ok := s.fleet.Reach(waitCtx, route, ways.tried)
+	switch {
+	case ok:
+		return way, nil
+	case ways.last != nil:
+		return way, ways.last
+	}
+	return way, s.offline(route)
 }
 
 var errNoPlace = errors.New("no place became free")

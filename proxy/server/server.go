@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -25,6 +26,7 @@ import (
 
 	"github.com/culvert-io/culvert/protocol"
 	"github.com/culvert-io/culvert/proxy/access"
+	"github.com/culvert-io/culvert/proxy/cluster"
 	"github.com/culvert-io/culvert/proxy/fleet"
 )
 
@@ -80,6 +82,8 @@ type Config struct {
 	// has ended: 20 s by default.
 	ShutdownTimeout time.Duration
 
+	// Cluster makes one of several proxies. Without Endpoints the proxy is alone.
+	Cluster Cluster
 	// Push tunes the push store.
 	Push Push
 	// Fleet tunes what is known of agents; its Path is set from StoragePath.
@@ -106,7 +110,10 @@ type Server struct {
 	guarded   []string      // the routes of the router: see routeAccess
 	recheck   chan struct{} // has one after a reload: see watchAccess
 
+	cluster *cluster.Cluster // nil: the proxy is alone
+
 	main, agents []*listener
+	peers        []*listener // for other proxies
 	mux          *http.ServeMux
 	push         *pushStore
 	started      time.Time
@@ -153,6 +160,9 @@ func New(config Config) (*Server, error) {
 		return nil, err
 	}
 	config.Fleet.Logger = s.logger
+	if err := s.joinCluster(&config.Fleet); err != nil {
+		return nil, err
+	}
 	if config.StoragePath != "" {
 		config.Fleet.Path = filepath.Join(config.StoragePath, "fleet.db")
 	}
@@ -177,6 +187,9 @@ func New(config Config) (*Server, error) {
 	// If these keys didn't count, who has the token of many agents could pass for one.
 	if s.pins, err = access.OpenPins(pinsPath); err != nil {
 		return nil, err
+	}
+	if s.cluster != nil {
+		s.pins.Share(s.cluster)
 	}
 	s.metrics = newMetrics(config.Registry, s, stored)
 	s.config.Session.Stats = s.metrics.stats
@@ -221,9 +234,23 @@ func (s *Server) Listen() error {
 		for _, l := range s.main {
 			l.Close()
 		}
+		return err
+	}
+	if s.cluster == nil {
+		return nil
+	}
+	if s.peers, err = s.listen("other proxies", []string{s.config.Cluster.ListenAddress}, s.config.Cluster.WebConfigFile, http.HandlerFunc(s.servePeer)); err == nil {
+		s.config.Cluster.AdvertiseURL, err = s.advertise()
+	}
+	if err != nil {
+		for _, l := range s.listeners() {
+			l.Close()
+		}
 	}
 	return err
 }
+
+func (s *Server) listeners() []*listener { return slices.Concat(s.main, s.agents, s.peers) }
 
 // Addr returns the first address that scrapers can use, after Listen.
 func (s *Server) Addr() string { return s.main[0].Addr().String() }
@@ -244,10 +271,14 @@ func (s *Server) Run(ctx context.Context) error {
 	var stores sync.WaitGroup
 	var pushErr error
 	stores.Go(func() { s.fleet.Run(storesCtx) })
+	if s.cluster != nil {
+		self := cluster.Peer{URL: s.config.Cluster.AdvertiseURL, Version: protocol.BuildVersion(), Started: s.started.UTC()}
+		stores.Go(func() { s.cluster.Run(storesCtx, self, s.fleet, s.pins) })
+	}
 	stores.Go(func() { pushErr = s.push.run(storesCtx) })
 	s.sessions.start(func() { s.agentAPI.Serve(s.agentStreams) })
 	group, groupCtx := errgroup.WithContext(ctx)
-	for _, l := range append(s.main[:len(s.main):len(s.main)], s.agents...) {
+	for _, l := range s.listeners() {
 		group.Go(func() error {
 			s.logger.Info("Listening", "address", l.Addr(), "tls", l.tls, "for", l.purpose)
 			if err := l.server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -279,7 +310,14 @@ func (s *Server) shutdown() {
 	defer cancel()
 	conns := s.fleet.Conns()
 	s.logger.Info("Stopping", "agents", len(conns), "timeout", s.config.ShutdownTimeout)
-	drain := protocol.Drain{Reason: "shutdown", ReconnectAfterSeconds: spreadReconnects(len(conns)).Seconds()}
+	spread, moving := spreadReconnects(len(conns)), time.Duration(0)
+	if s.cluster != nil && !s.cluster.Alone() {
+		// Half of the time is for agents to find another proxy. Scrapes go on meanwhile.
+		moving = s.config.ShutdownTimeout / 2
+		spread = min(spread, moving/2)
+	}
+	s.fleet.Drain()
+	drain := protocol.Drain{Reason: "shutdown", ReconnectAfterSeconds: spread.Seconds()}
 	var told errgroup.Group
 	told.SetLimit(64)
 	tellCtx, cancelTell := context.WithTimeout(ctx, 3*time.Second)
@@ -293,12 +331,13 @@ func (s *Server) shutdown() {
 		})
 	}
 	// The listeners stay open meanwhile: who balances load has to see /-/ready fail.
+	s.awaitMoved(ctx, moving)
 	select {
 	case <-s.running.drain():
 	case <-ctx.Done():
 	}
 	var stopped sync.WaitGroup
-	for _, l := range append(s.main[:len(s.main):len(s.main)], s.agents...) {
+	for _, l := range s.listeners() {
 		stopped.Go(func() {
 			if err := l.server.Shutdown(ctx); err != nil {
 				s.logger.Warn("Requests were cut off", "address", l.Addr(), "err", err)
@@ -405,6 +444,11 @@ func spreadReconnects(n int) time.Duration {
 // scrapes from the proxy's own routes, before any mux sees the request.
 func (s *Server) serveMain(w http.ResponseWriter, r *http.Request) {
 	if proxied := r.Method == http.MethodConnect || !protocol.IsControl(r); proxied {
+		if r.Header.Get(cluster.HeaderPeer) != "" { // it would go round in circles
+			s.refuse(w, r, protocol.Refusef(http.StatusMisdirectedRequest, protocol.CodeMisdirected,
+				"another proxy passed this scrape on to the address for scrapers; its --cluster.advertise-url has to be that of --cluster.listen-address"))
+			return
+		}
 		if r = s.authenticate(w, r, true); r == nil {
 			return
 		}
