@@ -18,6 +18,7 @@ import (
 
 	"github.com/culvert-io/culvert/gateway"
 	"github.com/culvert-io/culvert/gateway/boltstore"
+	"github.com/culvert-io/culvert/gateway/etcdstore"
 )
 
 // Push tunes the push store. Zero values mean the defaults.
@@ -75,21 +76,13 @@ func (s *Server) openPushStore() error {
 
 func (p *pushStore) open() error {
 	s := p.server
-	backend := gateway.Memory()
-	if s.config.StoragePath != "" {
-		bolt, err := boltstore.Open(filepath.Join(s.config.StoragePath, "push.db"), s.logger)
-		if err != nil {
-			return p.failed(err)
-		}
-		backend = bolt
-	}
-	store, err := gateway.OpenStore(gateway.StoreConfig{
+	config := gateway.StoreConfig{
 		MaxGroups: s.config.Push.MaxGroups, MaxSeriesPerGroup: s.config.Push.MaxSeriesPerGroup,
 		ForgetAfter: s.config.Push.ForgetAfter, Lifetimes: s.settings.Load().lifetimes(s.config.Push.DefaultTTL),
 		Reserved: p.own.Reserved, Logger: s.logger,
-	}, backend)
+	}
+	store, err := p.openStore(config)
 	if err != nil {
-		backend.Close()
 		return p.failed(err)
 	}
 	p.mu.Lock()
@@ -103,6 +96,31 @@ func (p *pushStore) open() error {
 		Registerer: prometheus.WrapRegistererWithPrefix("culvert_proxy_", s.config.Registry),
 	}, store))
 	return nil
+}
+
+// openStore opens the store of the cluster, or the proxy's own one.
+func (p *pushStore) openStore(config gateway.StoreConfig) (*gateway.Store, error) {
+	s := p.server
+	if s.cluster != nil {
+		client, err := s.cluster.Client(context.Background())
+		if err != nil {
+			return nil, err
+		}
+		return gateway.OpenShared(config, etcdstore.Open(client, s.cluster.Prefix()+"push/", etcdstore.Config{Logger: s.logger})), nil
+	}
+	backend := gateway.Memory()
+	if s.config.StoragePath != "" {
+		bolt, err := boltstore.Open(filepath.Join(s.config.StoragePath, "push.db"), s.logger)
+		if err != nil {
+			return nil, err
+		}
+		backend = bolt
+	}
+	store, err := gateway.OpenStore(config, backend)
+	if err != nil {
+		backend.Close()
+	}
+	return store, err
 }
 
 func (p *pushStore) failed(err error) error {
