@@ -37,6 +37,8 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 
 	"github.com/culvert-io/culvert/proxy/fleet"
 )
@@ -263,6 +265,11 @@ func (c *Cluster) connect() (*clientv3.Client, error) {
 		Endpoints: c.config.Endpoints, Username: c.config.Username, Logger: zap.NewNop(),
 		// etcd hangs up on who pings more often than every 5 s, or without a request.
 		DialTimeout: callTimeout, DialKeepAliveTime: 10 * time.Second, DialKeepAliveTimeout: 3 * time.Second,
+		// gRPC's own waits grow to 2 minutes, for which an etcd that is back would go unnoticed.
+		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
+			MinConnectTimeout: callTimeout,
+		})},
 	}
 	for _, e := range c.config.Endpoints {
 		if strings.HasPrefix(e, "https:") {
