@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"math"
 	"slices"
 	"strconv"
@@ -14,16 +13,13 @@ import (
 
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/model"
-	"github.com/prometheus/prometheus/model/exemplar"
-	"github.com/prometheus/prometheus/model/labels"
-	"github.com/prometheus/prometheus/model/textparse"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
 const (
-	// maxOpenMetricsLine bounds a line in bytes. The parser panics on a label of more
-	// than 16 MiB, and repeats the line in its errors.
+	// maxOpenMetricsLine bounds a line in bytes: Prometheus panics on a label of more
+	// than 16 MiB.
 	maxOpenMetricsLine = 1 << 20
 	// maxExemplarLabels is how many characters the label names and values of an
 	// exemplar may have, all together.
@@ -91,7 +87,6 @@ func readOpenMetrics(body []byte) (*openMetricsReader, error) {
 		places:   map[string][2]int{},
 		owners:   map[string]string{},
 		seen:     map[uint64]struct{}{},
-		symbols:  labels.NewSymbolTable(),
 	}
 	n := 1
 	for line := range bytes.Lines(text) {
@@ -147,11 +142,9 @@ type openMetricsReader struct {
 	places   map[string][2]int // of the families: where they start and end
 	// owners are the families' names by the names that they and their samples have or
 	// could have.
-	owners  map[string]string
-	seen    map[uint64]struct{} // hashes of the series
-	symbols *labels.SymbolTable
-	line    []byte // that is being read, with the # EOF that the parser wants
-	offset  int    // of it in the body
+	owners map[string]string
+	seen   map[uint64]struct{} // hashes of the series
+	offset int                 // of the line that is being read, in the body
 
 	// The family that is being read, nil in front of the first, its name and type in
 	// the body, and where it starts.
@@ -163,48 +156,24 @@ type openMetricsReader struct {
 	metric *dto.Metric
 }
 
-// readLine reads one line, as an exposition of its own: a parser of the whole
-// body takes le and quantile for numbers by the last TYPE, whichever family that
-// was for, and goes on reading behind the end of a line where a quoted name is
-// not closed.
+// readLine reads one line, with its line feed.
 func (r *openMetricsReader) readLine(line []byte) error {
 	if len(line) > maxOpenMetricsLine {
 		return fmt.Errorf("it is longer than %d bytes", maxOpenMetricsLine)
 	}
-	r.line = append(append(r.line[:0], line...), "# EOF\n"...)
-	p := textparse.NewOpenMetricsParser(r.line, r.symbols)
-	entry, err := p.Next()
+	l, err := parseOpenMetricsLine(string(line[:len(line)-1]))
 	if err != nil {
 		return err
 	}
-	switch entry {
-	case textparse.EntrySeries:
-		err = r.readSample(p)
-	case textparse.EntryType:
-		name, kind := p.Type()
-		err = r.readType(unescape(name), kind)
-	case textparse.EntryHelp:
-		name, help := p.Help()
-		err = r.readText("HELP", unescape(name), string(help))
-	case textparse.EntryUnit:
-		name, unit := p.Unit()
-		err = r.readText("UNIT", unescape(name), unescape(unit))
+	switch l.keyword {
+	case "":
+		return r.readSample(l)
+	case "TYPE":
+		return r.readType(l.name, model.MetricType(l.text))
+	default:
+		return r.readText(l.keyword, l.name, l.text)
 	}
-	if err != nil {
-		return err
-	}
-	// What may not follow a value is noticed by the next call only.
-	if _, err := p.Next(); err != io.EOF {
-		return fmt.Errorf("the line does not end behind its value: %v", err)
-	}
-	return nil
 }
-
-// unescape undoes the escaping of quoted strings where the parser leaves that to
-// the caller: in the names of metadata, and in exemplars.
-func unescape[S []byte | string](s S) string { return openMetricsEscapes.Replace(string(s)) }
-
-var openMetricsEscapes = strings.NewReplacer(`\\`, `\`, `\"`, `"`, `\n`, "\n")
 
 func (r *openMetricsReader) readType(name string, kind model.MetricType) error {
 	if err := r.describe("TYPE", name); err != nil {
@@ -296,10 +265,8 @@ func (r *openMetricsReader) endFamily() error {
 	return nil
 }
 
-func (r *openMetricsReader) readSample(p textparse.Parser) error {
-	var all labels.Labels
-	p.Labels(&all)
-	name := all.Get(model.MetricNameLabel)
+func (r *openMetricsReader) readSample(l *openMetricsLine) error {
+	name := l.name
 	suffix, ofFamily := strings.CutPrefix(name, r.name)
 	if r.family == nil || !ofFamily || !slices.Contains(openMetricsTypes[r.kind].samples, suffix) {
 		if r.family != nil && ofFamily && r.family.Type != nil {
@@ -316,45 +283,40 @@ func (r *openMetricsReader) readSample(p textparse.Parser) error {
 		}
 		suffix = ""
 	}
-	if err := r.addSample(p, suffix, all); err != nil {
+	if err := r.addSample(l, suffix); err != nil {
 		return fmt.Errorf("metric %q: %w", name, err)
 	}
 	return nil
 }
 
 // addSample adds a sample to its series, and a series where it is the first.
-func (r *openMetricsReader) addSample(p textparse.Parser, suffix string, all labels.Labels) error {
+func (r *openMetricsReader) addSample(l *openMetricsLine, suffix string) error {
 	t := openMetricsTypes[r.kind]
 	var position *string // the value of t.label
 	state := false
-	pairs := make([]*dto.LabelPair, 0, all.Len()-1)
-	err := all.Validate(func(l labels.Label) error {
-		switch {
-		case l.Name == model.MetricNameLabel:
-			return nil
-		case !model.UTF8Validation.IsValidLabelName(l.Name):
-			return fmt.Errorf("label name %q is empty or not UTF-8", l.Name)
-		case t.label != "" && l.Name == t.label:
+	pairs := make([]*dto.LabelPair, 0, len(l.labels))
+	for i, pair := range l.labels {
+		switch name := pair.GetName(); {
+		case name == model.MetricNameLabel, i > 0 && name == l.labels[i-1].GetName():
+			return fmt.Errorf("label %q stands twice", name)
+		case !model.UTF8Validation.IsValidLabelName(name):
+			return fmt.Errorf("label name %q is empty or not UTF-8", name)
+		case t.label != "" && name == t.label:
 			if suffix != t.labelled {
-				return fmt.Errorf("label %q is not allowed here", l.Name)
+				return fmt.Errorf("label %q is not allowed here", name)
 			}
-			position = &l.Value
-			return nil
+			position = pair.Value
+			continue
+		case name == r.name:
+			state = true
 		}
-		state = state || l.Name == r.name
-		pairs = append(pairs, &dto.LabelPair{Name: &l.Name, Value: &l.Value})
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	if name, twice := all.HasDuplicateLabelNames(); twice {
-		return fmt.Errorf("label %q stands twice", name)
+		pairs = append(pairs, pair)
 	}
 	if r.kind == model.MetricTypeStateset && !state {
 		return fmt.Errorf("the state is missing: a label with the name %q", r.name)
 	}
 	var bound float64
+	var err error
 	if t.label != "" && suffix == t.labelled {
 		if position == nil {
 			return fmt.Errorf("label %q is missing", t.label)
@@ -389,12 +351,11 @@ func (r *openMetricsReader) addSample(p textparse.Parser, suffix string, all lab
 		r.family.Metric = append(r.family.Metric, r.metric)
 	}
 	m := r.metric
-	_, at, value := p.Series()
-	if at != nil {
-		m.TimestampMs = at
+	if l.at != nil {
+		m.TimestampMs = l.at
 	}
-	example, err := r.readExemplar(p)
-	if err != nil {
+	value, example := l.value, l.example
+	if err := checkOpenMetricsExemplar(l); err != nil {
 		return err
 	}
 	if example != nil && suffix != "_total" && suffix != "_bucket" {
@@ -493,42 +454,31 @@ func isCount(v float64) bool { return v >= 0 && !math.IsInf(v, 1) }
 // isInteger reports whether a count can be stored as uint64.
 func isInteger(v float64) bool { return v == math.Trunc(v) && v < 1<<64 }
 
-func (r *openMetricsReader) readExemplar(p textparse.Parser) (*dto.Exemplar, error) {
-	var e exemplar.Exemplar
-	if !p.Exemplar(&e) {
-		return nil, nil
+// checkOpenMetricsExemplar checks the exemplar of a line, where it has one, and sets
+// its time.
+func checkOpenMetricsExemplar(l *openMetricsLine) error {
+	if l.example == nil {
+		return nil
 	}
-	out := &dto.Exemplar{Value: &e.Value}
 	length := 0
-	err := e.Labels.Validate(func(l labels.Label) error {
-		l.Name, l.Value = unescape(l.Name), unescape(l.Value)
-		if !model.UTF8Validation.IsValidLabelName(l.Name) {
-			return fmt.Errorf("label name %q of the exemplar is empty or not UTF-8", l.Name)
+	for i, pair := range l.example.Label {
+		name := pair.GetName()
+		if !model.UTF8Validation.IsValidLabelName(name) {
+			return fmt.Errorf("label name %q of the exemplar is empty or not UTF-8", name)
 		}
-		if slices.ContainsFunc(out.Label, func(o *dto.LabelPair) bool { return o.GetName() == l.Name }) {
-			return fmt.Errorf("label %q stands twice in the exemplar", l.Name)
+		if i > 0 && name == l.example.Label[i-1].GetName() {
+			return fmt.Errorf("label %q stands twice in the exemplar", name)
 		}
-		if length += utf8.RuneCountInString(l.Name) + utf8.RuneCountInString(l.Value); length > maxExemplarLabels {
+		if length += utf8.RuneCountInString(name) + utf8.RuneCountInString(pair.GetValue()); length > maxExemplarLabels {
 			return fmt.Errorf("the labels of the exemplar have more than %d characters", maxExemplarLabels)
 		}
-		out.Label = append(out.Label, &dto.LabelPair{Name: &l.Name, Value: &l.Value})
+	}
+	if l.exampleAt == nil {
 		return nil
-	})
-	if err != nil {
-		return nil, err
 	}
-	if e.HasTs {
-		// The parser cuts to milliseconds, and 1.001 is 1.000 then.
-		line := bytes.TrimSuffix(r.line, []byte("\n# EOF\n"))
-		at, err := strconv.ParseFloat(string(line[bytes.LastIndexByte(line, ' ')+1:]), 64)
-		if err != nil {
-			return nil, fmt.Errorf("the time of the exemplar: %w", err)
-		}
-		if out.Timestamp, err = toTimestamp(at); err != nil {
-			return nil, err
-		}
-	}
-	return out, nil
+	var err error
+	l.example.Timestamp, err = toTimestamp(*l.exampleAt)
+	return err
 }
 
 // toTimestamp turns Unix seconds into a timestamp, rounded to microseconds: a
