@@ -10,7 +10,6 @@ import (
 	"strings"
 
 	dto "github.com/prometheus/client_model/go"
-	"github.com/prometheus/prometheus/model/histogram"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
@@ -74,9 +73,6 @@ func (a *aggregation) merge(old, pushed *dto.MetricFamily) (*dto.MetricFamily, e
 				err = a.mergeSeries(stored[0], m)
 			}
 			stored = stored[1:]
-		case m.Histogram != nil && isNative(m.Histogram) && !a.replaces(kind):
-			// Stored as it is, one that can't be added would make every later push fail.
-			_, err = addendOf(m.Histogram)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("metric %q: labels %s: %w", name, labelString(m.Label), err)
@@ -159,9 +155,7 @@ func mergeHistogram(old, pushed *dto.Histogram) error {
 			// The observations of a side that is only native would be missing below +Inf.
 			buckets = nil
 		}
-		if err := mergeNative(old, pushed, float); err != nil {
-			return err
-		}
+		mergeNative(old, pushed, float)
 	}
 	pushed.Bucket = buckets
 	if float {
@@ -249,113 +243,21 @@ func sortBuckets(buckets []*dto.Bucket) []*dto.Bucket {
 	return slices.CompactFunc(buckets, func(a, b *dto.Bucket) bool { return a.GetUpperBound() == b.GetUpperBound() })
 }
 
-// maxNativeBuckets bounds the buckets of a native histogram that is added, and of
-// the sum: Add puts those that one side lacks in one by one, each time moving all
-// behind.
-const maxNativeBuckets = 2048
-
 // mergeNative adds the native buckets of a stored histogram to those of a pushed
-// one, at the lower resolution and the wider zero bucket of the two. Where both
-// differ, it depends on the order of pushes how wide that gets. Counts are exact up
-// to 2^53.
-func mergeNative(old, pushed *dto.Histogram, float bool) error {
-	fh, err := addendOf(old)
-	if err != nil {
-		return fmt.Errorf("%w, in the stored histogram; delete the group first", err)
-	}
-	other, err := addendOf(pushed)
-	if err != nil {
-		return err
-	}
-	// Left to Add, it would come behind the widening of the zero bucket, and what that
-	// takes in would count again in a coarse bucket across its border.
-	for _, h := range []*histogram.FloatHistogram{fh, other} {
-		if schema := min(fh.Schema, other.Schema); h.Schema > schema {
-			if err := h.ReduceResolution(schema); err != nil {
-				return err
-			}
-		}
-	}
-	if _, _, _, err := fh.Add(other); err != nil {
-		return err
-	}
-	if err := limitBuckets(fh); err != nil {
-		return err
-	}
-	pushed.Schema, pushed.ZeroThreshold = &fh.Schema, &fh.ZeroThreshold
-	pushed.PositiveSpan, pushed.NegativeSpan = encodeSpans(fh.PositiveSpans), encodeSpans(fh.NegativeSpans)
-	pushed.ZeroCount, pushed.ZeroCountFloat = nil, nil
-	pushed.PositiveDelta, pushed.PositiveCount = nil, nil
-	pushed.NegativeDelta, pushed.NegativeCount = nil, nil
-	if float {
-		pushed.ZeroCountFloat = &fh.ZeroCount
-		pushed.PositiveCount, pushed.NegativeCount = fh.PositiveBuckets, fh.NegativeBuckets
-	} else {
-		zero := uint64(math.MaxUint64)
-		if fh.ZeroCount < math.MaxUint64 {
-			zero = uint64(fh.ZeroCount)
-		}
-		pushed.ZeroCount = &zero
-		pushed.PositiveDelta, pushed.NegativeDelta = deltas(fh.PositiveBuckets), deltas(fh.NegativeBuckets)
-	}
-	if !isNative(pushed) {
-		// An empty span tells it from a classic one, see Histogram.positive_span.
-		pushed.PositiveSpan = encodeSpans([]histogram.Span{{}})
-	}
-	return nil
+// one. Where both the resolution and the zero bucket differ, it depends on the order
+// of pushes how wide the latter gets.
+func mergeNative(old, pushed *dto.Histogram, float bool) {
+	sum := addendOf(old)
+	sum.add(addendOf(pushed))
+	sum.limit()
+	sum.encodeInto(pushed, float)
 }
 
-// addendOf returns a copy of the native part of a histogram such that Add can take
-// it: empty spans would make it panic, and buckets inside the zero bucket be lost.
-// checkHistogram keeps away what else it can't take.
-func addendOf(h *dto.Histogram) (*histogram.FloatHistogram, error) {
-	integer, fh := nativeOf(h)
-	if integer != nil {
-		fh = integer.ToFloat(nil)
-	} else {
-		fh = fh.Copy()
-	}
-	for it, i := fh.PositiveBucketIterator(), 0; it.Next() && it.At().Upper <= fh.ZeroThreshold; i++ {
-		fh.ZeroCount += fh.PositiveBuckets[i]
-		fh.PositiveBuckets[i] = 0
-	}
-	for it, i := fh.NegativeBucketIterator(), 0; it.Next() && it.At().Lower >= -fh.ZeroThreshold; i++ {
-		fh.ZeroCount += fh.NegativeBuckets[i]
-		fh.NegativeBuckets[i] = 0
-	}
-	return fh, limitBuckets(fh)
-}
-
-// limitBuckets removes empty spans and buckets, and lowers the resolution until
-// there are at most maxNativeBuckets; the lowest has about 270 for all of float64.
-func limitBuckets(fh *histogram.FloatHistogram) error {
-	fh.Compact(0)
-	for len(fh.PositiveBuckets)+len(fh.NegativeBuckets) > maxNativeBuckets {
-		if err := fh.ReduceResolution(fh.Schema - 1); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func encodeSpans(spans []histogram.Span) []*dto.BucketSpan {
-	out := make([]*dto.BucketSpan, len(spans))
-	for i, s := range spans {
-		out[i] = &dto.BucketSpan{Offset: proto.Int32(s.Offset), Length: proto.Uint32(s.Length)}
-	}
-	return out
-}
-
-// deltas returns the counts of integer buckets as differences.
-func deltas(counts []float64) []int64 {
-	out := make([]int64, len(counts))
-	var last int64
-	for i, c := range counts {
-		count := int64(math.MaxInt64)
-		if c < math.MaxInt64 {
-			count = int64(c)
-		}
-		out[i], last = count-last, count
-	}
-	return out
+// addendOf returns the native part of a histogram as it is added: no bucket lies
+// inside the zero bucket, and there are not too many.
+func addendOf(h *dto.Histogram) *nativeHistogram {
+	n := nativeOf(h)
+	n.moveToZero()
+	n.limit()
+	return n
 }

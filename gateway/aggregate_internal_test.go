@@ -6,6 +6,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"net/url"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -14,7 +15,6 @@ import (
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
-	"github.com/prometheus/prometheus/model/histogram"
 	"google.golang.org/protobuf/encoding/prototext"
 	"google.golang.org/protobuf/proto"
 )
@@ -765,18 +765,11 @@ func TestAggregateNativeOfClient(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		g, err := addendOf(got.Metric[0].Histogram)
-		if err != nil {
-			t.Fatal(err)
-		}
-		w, err := addendOf(want.Metric[0].Histogram)
-		if err != nil {
-			t.Fatal(err)
-		}
+		g, w := addendOf(got.Metric[0].Histogram), addendOf(want.Metric[0].Histogram)
 		if g, w := formatSamples(t, got), formatSamples(t, want); g != w {
 			t.Fatalf("got\n%s\nwant\n%s", g, w)
 		}
-		if !g.Equals(w) {
+		if !reflect.DeepEqual(g, w) {
 			t.Fatalf("got\n%v\nwant\n%v", g, w)
 		}
 	}
@@ -819,12 +812,9 @@ func TestAggregateNativeOfClients(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			fh, err := addendOf(got.Metric[0].Histogram)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if want := float64(got.Metric[0].Histogram.GetSampleCount()); observations(fh) != want {
-				t.Fatalf("%v observations in buckets, want %v, in\n%v\npushed\n%v", observations(fh), want, got, pushes)
+			n := addendOf(got.Metric[0].Histogram)
+			if want := float64(got.Metric[0].Histogram.GetSampleCount()); observations(n) != want {
+				t.Fatalf("%v observations in buckets, want %v, in\n%v\npushed\n%v", observations(n), want, got, pushes)
 			}
 			if first == nil {
 				first = got
@@ -836,10 +826,10 @@ func TestAggregateNativeOfClients(t *testing.T) {
 	}
 }
 
-func observations(fh *histogram.FloatHistogram) float64 {
+func observations(n *nativeHistogram) float64 {
 	total := 0.0
-	for it := fh.AllBucketIterator(); it.Next(); {
-		total += it.At().Count
+	for _, b := range n.intervals() {
+		total += b.count
 	}
 	return total
 }
@@ -876,12 +866,9 @@ func TestAggregateManyNativeBuckets(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		fh, err := addendOf(f.Metric[0].Histogram)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if want := float64(f.Metric[0].Histogram.GetSampleCount()); fh.Schema != c.schema || observations(fh) != want || len(fh.PositiveBuckets) > maxNativeBuckets {
-			t.Errorf("schema %d with %v observations in %d buckets, want schema %d with %v", fh.Schema, observations(fh), len(fh.PositiveBuckets), c.schema, want)
+		n := addendOf(f.Metric[0].Histogram)
+		if want := float64(f.Metric[0].Histogram.GetSampleCount()); n.schema != c.schema || observations(n) != want || len(n.positive) > maxNativeBuckets {
+			t.Errorf("schema %d with %v observations in %d buckets, want schema %d with %v", n.schema, observations(n), len(n.positive), c.schema, want)
 		}
 	}
 }

@@ -155,7 +155,7 @@ func newAPISeries(m *dto.Metric) apiSeries {
 			s.Count = number(h.GetSampleCountFloat())
 		}
 		if len(h.PositiveSpan) > 0 || len(h.NegativeSpan) > 0 {
-			s.Buckets = nativeBuckets(h)
+			s.Buckets = listBuckets(h)
 			break
 		}
 		buckets := make(map[string]string, len(h.Bucket))
@@ -171,30 +171,20 @@ func newAPISeries(m *dto.Metric) apiSeries {
 	return s
 }
 
-// nativeBuckets lists the buckets of a native histogram, ascending, without empty
+// listBuckets lists the buckets of a native histogram, ascending, without empty
 // ones, as Prometheus's API does: [boundaries, lower, upper, count], where
 // boundaries is 0 for (], 1 for [), 2 for (), 3 for [].
-func nativeBuckets(h *dto.Histogram) [][4]any {
-	integer, fh := nativeOf(h)
-	if integer != nil {
-		fh = integer.ToFloat(nil)
-	}
+func listBuckets(h *dto.Histogram) [][4]any {
 	buckets := [][4]any{}
-	for it := fh.AllBucketIterator(); it.Next(); {
-		b := it.At()
-		if b.Count == 0 {
-			continue
-		}
-		boundaries := 2
+	for _, b := range nativeOf(h).intervals() {
+		boundaries := 3
 		switch {
-		case b.LowerInclusive && b.UpperInclusive:
-			boundaries = 3
-		case b.LowerInclusive:
+		case !b.closedUpper:
 			boundaries = 1
-		case b.UpperInclusive:
+		case !b.closedLower:
 			boundaries = 0
 		}
-		buckets = append(buckets, [4]any{boundaries, number(b.Lower), number(b.Upper), number(b.Count)})
+		buckets = append(buckets, [4]any{boundaries, number(b.lower), number(b.upper), number(b.count)})
 	}
 	return buckets
 }

@@ -7,7 +7,6 @@ import (
 	"unicode/utf8"
 
 	dto "github.com/prometheus/client_model/go"
-	"github.com/prometheus/prometheus/model/histogram"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
@@ -19,33 +18,6 @@ func isNative(h *dto.Histogram) bool {
 // hasFloatBuckets reports whether a native histogram counts in floats.
 func hasFloatBuckets(h *dto.Histogram) bool {
 	return h.GetSampleCountFloat() > 0 || h.GetZeroCountFloat() > 0 || len(h.PositiveCount) > 0 || len(h.NegativeCount) > 0
-}
-
-// nativeOf returns the native part of a histogram: the first where it counts in
-// integers, the second where it counts in floats. Both share h's slices.
-func nativeOf(h *dto.Histogram) (*histogram.Histogram, *histogram.FloatHistogram) {
-	if hasFloatBuckets(h) {
-		return nil, &histogram.FloatHistogram{
-			Schema: h.GetSchema(), ZeroThreshold: h.GetZeroThreshold(), ZeroCount: h.GetZeroCountFloat(),
-			Count: h.GetSampleCountFloat(), Sum: h.GetSampleSum(),
-			PositiveSpans: spansOf(h.PositiveSpan), NegativeSpans: spansOf(h.NegativeSpan),
-			PositiveBuckets: h.PositiveCount, NegativeBuckets: h.NegativeCount,
-		}
-	}
-	return &histogram.Histogram{
-		Schema: h.GetSchema(), ZeroThreshold: h.GetZeroThreshold(), ZeroCount: h.GetZeroCount(),
-		Count: h.GetSampleCount(), Sum: h.GetSampleSum(),
-		PositiveSpans: spansOf(h.PositiveSpan), NegativeSpans: spansOf(h.NegativeSpan),
-		PositiveBuckets: h.PositiveDelta, NegativeBuckets: h.NegativeDelta,
-	}, nil
-}
-
-func spansOf(in []*dto.BucketSpan) []histogram.Span {
-	out := make([]histogram.Span, len(in))
-	for i, s := range in {
-		out[i] = histogram.Span{Offset: s.GetOffset(), Length: s.GetLength()}
-	}
-	return out
 }
 
 // maxNativeSchema and minNativeSchema bound the resolution of native histograms
@@ -79,7 +51,7 @@ func checkHistogram(h *dto.Histogram) error {
 		return fmt.Errorf("the native histogram has a count of %v and a zero count of %v, which must be 0 or more", c, z)
 	}
 	// Prometheus's arithmetic never ends with the first, and panics where indexes are
-	// far apart.
+	// far apart. Ours counts indexes as int32.
 	if z := h.GetZeroThreshold(); !(z >= 0 && z <= math.MaxFloat64) {
 		return fmt.Errorf("the zero threshold %v of the native histogram is negative or not finite", z)
 	}
@@ -93,14 +65,59 @@ func checkHistogram(h *dto.Histogram) error {
 			return fmt.Errorf("the native histogram of schema %d has buckets outside those of float64, from %d to %d", h.GetSchema(), first, last)
 		}
 	}
-	var err error
-	if integer, float := nativeOf(h); float != nil {
-		err = float.Validate()
-	} else {
-		err = integer.Validate()
-	}
-	if err != nil {
+	if err := checkNativeCounts(h); err != nil {
 		return fmt.Errorf("the native histogram is not valid: %w", err)
+	}
+	return nil
+}
+
+// checkNativeCounts checks spans and buckets against each other, as Prometheus does
+// before it stores them.
+func checkNativeCounts(h *dto.Histogram) error {
+	float := hasFloatBuckets(h)
+	observations := h.GetZeroCount()
+	for _, side := range []struct {
+		name   string
+		spans  []*dto.BucketSpan
+		deltas []int64
+		counts []float64
+	}{
+		{"positive", h.PositiveSpan, h.PositiveDelta, h.PositiveCount},
+		{"negative", h.NegativeSpan, h.NegativeDelta, h.NegativeCount},
+	} {
+		length, buckets := uint64(0), len(side.deltas)
+		if float {
+			buckets = len(side.counts)
+		}
+		for i, s := range side.spans {
+			if i > 0 && s.GetOffset() < 0 {
+				return fmt.Errorf("the %s span %d has the offset %d; only the first can be negative", side.name, i+1, s.GetOffset())
+			}
+			length += uint64(s.GetLength())
+		}
+		if length != uint64(buckets) {
+			return fmt.Errorf("the %s spans need %d buckets, and there are %d", side.name, length, buckets)
+		}
+		if float {
+			for i, count := range side.counts {
+				if count < 0 {
+					return fmt.Errorf("the %s bucket %d has the count %v, which is negative", side.name, i+1, count)
+				}
+			}
+			continue
+		}
+		count := int64(0)
+		for i, d := range side.deltas {
+			if count += d; count < 0 {
+				return fmt.Errorf("the %s bucket %d has the count %d, which is negative", side.name, i+1, count)
+			}
+			observations += uint64(count)
+		}
+	}
+	// Observations of NaN are in no bucket, and float counts don't add up exactly.
+	count := h.GetSampleCount()
+	if !float && observations != count && !(math.IsNaN(h.GetSampleSum()) && observations < count) {
+		return fmt.Errorf("the buckets have %d observations, and the count is %d", observations, count)
 	}
 	return nil
 }
