@@ -12,11 +12,11 @@ import (
 	"text/tabwriter"
 
 	"github.com/alecthomas/units"
-	"github.com/prometheus/common/config"
 	"github.com/prometheus/common/model"
 	"go.yaml.in/yaml/v2"
 
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/client/httpclient"
 )
 
 // checkConfig reads flags and file as the agent does, and writes what the agent would
@@ -199,7 +199,7 @@ func explain(file string, err error) error {
 // from the given one.
 func closest(name string) string {
 	best, distance := "", 3
-	for _, of := range []any{file{}, fileTarget{}, fileHost{}, fileTextfile{}, fileScrape{}, filePush{}, config.HTTPClientConfig{}, config.TLSConfig{}, config.BasicAuth{}, config.Authorization{}} {
+	for _, of := range []any{file{}, fileTarget{}, fileHost{}, fileTextfile{}, fileScrape{}, filePush{}, httpclient.Config{}, httpclient.Proxy{}, httpclient.TLSConfig{}, httpclient.BasicAuth{}, httpclient.Authorization{}, httpclient.OAuth2{}, httpclient.Header{}} {
 		t := reflect.TypeOf(of)
 		for i := range t.NumField() {
 			known, _, _ := strings.Cut(t.Field(i).Tag.Get("yaml"), ",")

@@ -16,7 +16,6 @@ import (
 
 	"github.com/alecthomas/kingpin/v2"
 	"github.com/alecthomas/units"
-	"github.com/prometheus/common/config"
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/common/promslog"
 	promslogflag "github.com/prometheus/common/promslog/flag"
@@ -24,6 +23,7 @@ import (
 	"go.yaml.in/yaml/v2"
 
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/client/httpclient"
 )
 
 // flags is the command line. Where it and the configuration file speak of the
@@ -43,7 +43,7 @@ type flags struct {
 	maxResponseSizeSet         bool
 	maxTunnels                 int
 	maxTunnelsSet              bool
-	tls                        config.TLSConfig
+	tls                        httpclient.TLSConfig
 	tokenFile, keyFile         string
 	initialWait, maxWait       time.Duration
 	initialWaitSet, maxWaitSet bool
@@ -182,39 +182,39 @@ func (f *flags) app() *kingpin.Application {
 
 // file is the configuration file.
 type file struct {
-	ProxyURLs        []string          `yaml:"proxy_urls"`
-	ResolveAll       bool              `yaml:"resolve_all"`
-	FQDN             string            `yaml:"fqdn"`
-	Labels           map[string]string `yaml:"labels"`
-	Targets          []fileTarget      `yaml:"targets"`
-	Hosts            []fileHost        `yaml:"hosts"`
-	Allow            []fileScalar      `yaml:"allow"`
-	LocalHost        string            `yaml:"local_host"`
-	Scrape           fileScrape        `yaml:"scrape"`
-	Connect          fileConnect       `yaml:"connect"`
-	TLS              config.TLSConfig  `yaml:"tls_config"`
-	TokenFile        string            `yaml:"token_file"`
-	KeyFile          string            `yaml:"key_file"`
-	RetryInitialWait model.Duration    `yaml:"retry_initial_wait"`
-	RetryMaxWait     model.Duration    `yaml:"retry_max_wait"`
-	MetricsAddress   *string           `yaml:"metrics_address"`
-	Textfile         fileTextfile      `yaml:"textfile"`
-	Push             filePush          `yaml:"push"`
-	StoragePath      string            `yaml:"storage_path"`
-	LogLevel         string            `yaml:"log_level"`
-	LogFormat        string            `yaml:"log_format"`
+	ProxyURLs        []string             `yaml:"proxy_urls"`
+	ResolveAll       bool                 `yaml:"resolve_all"`
+	FQDN             string               `yaml:"fqdn"`
+	Labels           map[string]string    `yaml:"labels"`
+	Targets          []fileTarget         `yaml:"targets"`
+	Hosts            []fileHost           `yaml:"hosts"`
+	Allow            []fileScalar         `yaml:"allow"`
+	LocalHost        string               `yaml:"local_host"`
+	Scrape           fileScrape           `yaml:"scrape"`
+	Connect          fileConnect          `yaml:"connect"`
+	TLS              httpclient.TLSConfig `yaml:"tls_config"`
+	TokenFile        string               `yaml:"token_file"`
+	KeyFile          string               `yaml:"key_file"`
+	RetryInitialWait model.Duration       `yaml:"retry_initial_wait"`
+	RetryMaxWait     model.Duration       `yaml:"retry_max_wait"`
+	MetricsAddress   *string              `yaml:"metrics_address"`
+	Textfile         fileTextfile         `yaml:"textfile"`
+	Push             filePush             `yaml:"push"`
+	StoragePath      string               `yaml:"storage_path"`
+	LogLevel         string               `yaml:"log_level"`
+	LogFormat        string               `yaml:"log_format"`
 }
 
 type fileTarget struct {
-	Name   string                  `yaml:"name"`
-	URL    string                  `yaml:"url"`
-	Labels map[string]string       `yaml:"labels"`
-	HTTP   config.HTTPClientConfig `yaml:",inline"`
+	Name   string            `yaml:"name"`
+	URL    string            `yaml:"url"`
+	Labels map[string]string `yaml:"labels"`
+	HTTP   httpclient.Config `yaml:",inline"`
 }
 
 // UnmarshalYAML sets the defaults of the inlined HTTP configuration.
 func (t *fileTarget) UnmarshalYAML(unmarshal func(any) error) error {
-	t.HTTP = config.DefaultHTTPClientConfig
+	t.HTTP = httpclient.DefaultConfig
 	type plain fileTarget
 	return unmarshal((*plain)(t))
 }
@@ -430,7 +430,7 @@ func (f *flags) load() (*settings, error) {
 	tls.CertFile = cmp.Or(f.tls.CertFile, tls.CertFile)
 	tls.KeyFile = cmp.Or(f.tls.KeyFile, tls.KeyFile)
 	var err error
-	if s.Agent.TLS, err = config.NewTLSConfig(&tls); err != nil {
+	if s.Agent.TLS, err = tls.New(); err != nil {
 		return nil, fmt.Errorf("TLS for the proxies: %w", err)
 	}
 	return s, nil
@@ -446,18 +446,18 @@ func parseFile(text []byte, dir string) (file, error) {
 		return c, err
 	}
 	c.TLS.SetDirectory(dir)
-	c.TokenFile = config.JoinDir(dir, c.TokenFile)
-	c.KeyFile = config.JoinDir(dir, c.KeyFile)
+	c.TokenFile = httpclient.JoinDir(dir, c.TokenFile)
+	c.KeyFile = httpclient.JoinDir(dir, c.KeyFile)
 	for i := range c.Targets {
 		c.Targets[i].HTTP.SetDirectory(dir)
 	}
 	for i, directory := range c.Textfile.Directories {
-		c.Textfile.Directories[i] = config.JoinDir(dir, directory)
+		c.Textfile.Directories[i] = httpclient.JoinDir(dir, directory)
 	}
-	c.StoragePath = config.JoinDir(dir, c.StoragePath)
+	c.StoragePath = httpclient.JoinDir(dir, c.StoragePath)
 	for i, address := range c.Push.ListenAddresses {
 		if path, ok := strings.CutPrefix(address, "unix:"); ok {
-			c.Push.ListenAddresses[i] = "unix:" + config.JoinDir(dir, path)
+			c.Push.ListenAddresses[i] = "unix:" + httpclient.JoinDir(dir, path)
 		}
 	}
 	return c, nil

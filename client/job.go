@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/alecthomas/kingpin/v2"
-	"github.com/prometheus/common/config"
 
 	"github.com/culvert-io/culvert/client/jobrun"
 	"github.com/culvert-io/culvert/gateway"
@@ -149,7 +148,7 @@ func (f *flags) pusher() (p *jobrun.Pusher, usage bool, err error) {
 	if target.Authorize, usage, err = f.pushCredentials(); err != nil {
 		return nil, usage, err
 	}
-	if target.TLS, err = config.NewTLSConfig(&f.tls); err != nil {
+	if target.TLS, err = f.tls.New(); err != nil {
 		return nil, false, fmt.Errorf("TLS for pushes: %w", err)
 	}
 	p, err = jobrun.NewPusher(target)

@@ -25,8 +25,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
-	"github.com/prometheus/common/config"
 
+	"github.com/culvert-io/culvert/client/httpclient"
 	"github.com/culvert-io/culvert/client/textfile"
 	"github.com/culvert-io/culvert/protocol"
 )
@@ -116,8 +116,8 @@ type Target struct {
 	// Labels are added to the agent's in discovery, and win over them.
 	Labels map[string]string
 	// HTTP holds TLS, credentials and headers for the target, as in Prometheus's
-	// scrape_config. Nil means config.DefaultHTTPClientConfig.
-	HTTP *config.HTTPClientConfig
+	// scrape_config. Nil means httpclient.DefaultConfig.
+	HTTP *httpclient.Config
 }
 
 // Host is a host of the agent's network that it answers for.

@@ -15,9 +15,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
-	"github.com/prometheus/common/config"
 
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/client/httpclient"
 	"github.com/culvert-io/culvert/protocol"
 	"github.com/culvert-io/culvert/proxy/server"
 )
@@ -392,10 +392,10 @@ func TestNew(t *testing.T) {
 	host := func(name, address string) agent.Config {
 		return agent.Config{Hosts: []agent.Host{{Name: name, Address: address}}}
 	}
-	auth := config.DefaultHTTPClientConfig
-	auth.BasicAuth = &config.BasicAuth{Username: "x"}
-	bad := config.DefaultHTTPClientConfig
-	bad.BasicAuth, bad.BearerToken = &config.BasicAuth{Username: "x"}, "y"
+	auth := httpclient.DefaultConfig
+	auth.BasicAuth = &httpclient.BasicAuth{Username: "x"}
+	bad := httpclient.DefaultConfig
+	bad.BasicAuth, bad.BearerToken = &httpclient.BasicAuth{Username: "x"}, "y"
 	for name, c := range map[string]struct {
 		config agent.Config
 		words  []string // nil: fine

@@ -15,10 +15,10 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"github.com/prometheus/common/config"
 	"golang.org/x/net/dns/dnsmessage"
 
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/client/httpclient"
 )
 
 // names is what the tests' name server answers, by name without the final dot. Names
@@ -305,11 +305,43 @@ func TestTokenEndpointRedirects(t *testing.T) {
 		http.Redirect(w, r, "http://169.254.169.254/latest/meta-data", http.StatusTemporaryRedirect)
 	})
 	newAgent(t, p, func(c *agent.Config) {
-		hc := config.DefaultHTTPClientConfig
-		hc.OAuth2 = &config.OAuth2{ClientID: "me", ClientSecret: "secret", TokenURL: token}
+		hc := httpclient.DefaultConfig
+		hc.OAuth2 = &httpclient.OAuth2{ClientID: "me", ClientSecret: "secret", TokenURL: token}
 		c.Targets = []agent.Target{{Name: "node", URL: base, HTTP: &hc}}
 	})
 	p.want("http://node.web-1/metrics", 403, "--scrape.allow-address=169.254.169.254")
+}
+
+// TestHTTPProxyLeadsAstray: a target's HTTP proxy, its token endpoint and that one's HTTP
+// proxy are names like any other, unless the operator wrote an address.
+func TestHTTPProxyLeadsAstray(t *testing.T) {
+	t.Parallel()
+	p := newProxy(t, nil)
+	base, port := newTarget(t, nil)
+	addName("forward.test", "127.0.0.1")
+	oauth2 := func(tokenURL string) *httpclient.Config {
+		return &httpclient.Config{OAuth2: &httpclient.OAuth2{ClientID: "me", ClientSecret: "secret", TokenURL: tokenURL}}
+	}
+	named, err := url.Parse("http://forward.test:" + port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	forward := &httpclient.Config{Proxy: httpclient.Proxy{ProxyURL: httpclient.URL{URL: named}}}
+	tokenForward := oauth2("http://127.0.0.1:1/")
+	tokenForward.OAuth2.Proxy = forward.Proxy
+	literal := &httpclient.Config{Proxy: httpclient.Proxy{ProxyURL: httpclient.URL{URL: &url.URL{Scheme: "http", Host: "127.0.0.1:" + port}}}}
+	newAgent(t, p, func(c *agent.Config) {
+		c.Targets = []agent.Target{
+			{Name: "forward", URL: base, HTTP: forward},
+			{Name: "token", URL: base, HTTP: oauth2(named.String())},
+			{Name: "token-forward", URL: base, HTTP: tokenForward},
+			{Name: "literal", URL: "http://nowhere.test/metrics", HTTP: literal},
+		}
+	})
+	for _, name := range []string{"forward", "token", "token-forward"} {
+		p.want("http://"+name+".web-1/metrics", 403, "--scrape.allow-address=127.0.0.1")
+	}
+	p.want("http://literal.web-1/metrics", 200, "up 1")
 }
 
 // TestParseAddresses reads what the flag takes.

@@ -11,8 +11,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/prometheus/common/config"
-
+	"github.com/culvert-io/culvert/client/httpclient"
 	"github.com/culvert-io/culvert/protocol"
 )
 
@@ -60,7 +59,7 @@ func newTarget(c Target, g *guard) (*target, error) {
 	if len(t.query) > 0 {
 		t.declared.Params = t.query
 	}
-	hc := config.DefaultHTTPClientConfig
+	hc := httpclient.DefaultConfig
 	if c.HTTP != nil {
 		hc = *c.HTTP
 	}
@@ -69,7 +68,7 @@ func newTarget(c Target, g *guard) (*target, error) {
 			return nil, errors.New("credentials stand both in the URL and beside it; give one of them")
 		}
 		password, _ := u.User.Password()
-		hc.BasicAuth = &config.BasicAuth{Username: u.User.Username(), Password: config.Secret(password)}
+		hc.BasicAuth = &httpclient.BasicAuth{Username: u.User.Username(), Password: httpclient.Secret(password)}
 		u.User = nil
 	}
 	if err := hc.Validate(); err != nil {
@@ -79,9 +78,7 @@ func newTarget(c Target, g *guard) (*target, error) {
 	if hc.BasicAuth != nil || hc.Authorization != nil || hc.OAuth2 != nil {
 		t.owned = append(t.owned, "Authorization")
 	}
-	if hc.HTTPHeaders != nil {
-		t.owned = slices.AppendSeq(t.owned, maps.Keys(hc.HTTPHeaders.Headers))
-	}
+	t.owned = slices.AppendSeq(t.owned, maps.Keys(hc.HTTPHeaders))
 	// The hosts that the operator wrote down; a token's endpoint may redirect elsewhere.
 	literal := map[string]bool{u.Hostname(): true}
 	if hc.ProxyURL.URL != nil {
@@ -95,15 +92,18 @@ func newTarget(c Target, g *guard) (*target, error) {
 			literal[hc.OAuth2.ProxyURL.Hostname()] = true
 		}
 	}
-	t.transport, err = config.NewRoundTripperFromConfig(hc, "culvert_client", config.WithHTTP2Disabled(),
-		config.WithDialContextFunc(func(ctx context.Context, network, addr string) (net.Conn, error) {
-			host, port, err := net.SplitHostPort(addr)
-			if err != nil {
-				return nil, err
-			}
-			return g.dial(ctx, network, host, port, literal[host])
-		}))
-	return t, err
+	transport, err := httpclient.NewTransport(hc, func(ctx context.Context, network, addr string) (net.Conn, error) {
+		host, port, err := net.SplitHostPort(addr)
+		if err != nil {
+			return nil, err
+		}
+		return g.dial(ctx, network, host, port, literal[host])
+	})
+	if err != nil {
+		return nil, err
+	}
+	t.transport = transport
+	return t, nil
 }
 
 // resolve returns the URL that a request for path and query of the target leads

@@ -7,9 +7,8 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/prometheus/common/config"
-
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/client/httpclient"
 	"github.com/culvert-io/culvert/protocol"
 )
 
@@ -25,8 +24,8 @@ func TestPathMode(t *testing.T) {
 	})
 	newAgent(t, p, func(c *agent.Config) {
 		allowAll(c)
-		token := config.DefaultHTTPClientConfig
-		token.Authorization = &config.Authorization{Type: "Bearer", Credentials: "of-the-agent"}
+		token := httpclient.DefaultConfig
+		token.Authorization = &httpclient.Authorization{Type: "Bearer", Credentials: "of-the-agent"}
 		c.Targets = []agent.Target{{Name: "node", URL: base + "/metrics", HTTP: &token}, {Name: "tree", URL: base + "/tree/*"}}
 	})
 	const openMetrics = "application/openmetrics-text; version=1.0.0; charset=utf-8"

@@ -15,9 +15,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/common/config"
-
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/client/httpclient"
 	"github.com/culvert-io/culvert/protocol"
 	"github.com/culvert-io/culvert/proxy/server"
 )
@@ -267,10 +266,10 @@ func TestNamedTargetRequest(t *testing.T) {
 	u, _ := url.Parse(base)
 	newAgent(t, p, func(c *agent.Config) {
 		allowAll(c)
-		token := config.DefaultHTTPClientConfig
-		token.Authorization = &config.Authorization{Type: "Bearer", Credentials: "of-the-agent"}
-		extra := config.DefaultHTTPClientConfig
-		extra.HTTPHeaders = &config.Headers{Headers: map[string]config.Header{"X-Api-Key": {Values: []string{"of-the-agent"}}}}
+		token := httpclient.DefaultConfig
+		token.Authorization = &httpclient.Authorization{Type: "Bearer", Credentials: "of-the-agent"}
+		extra := httpclient.DefaultConfig
+		extra.HTTPHeaders = map[string]httpclient.Header{"X-Api-Key": {Values: []string{"of-the-agent"}}}
 		c.Targets = []agent.Target{
 			{Name: "plain", URL: base + "/probe?target=a&module=m"},
 			{Name: "basic", URL: "http://joe:secret@" + u.Host + "/metrics"},
@@ -389,7 +388,7 @@ func TestRedirects(t *testing.T) {
 	u, _ := url.Parse(base)
 	newAgent(t, p, func(c *agent.Config) {
 		allowAll(c)
-		off := config.DefaultHTTPClientConfig
+		off := httpclient.DefaultConfig
 		off.FollowRedirects = false
 		c.Targets = []agent.Target{
 			{Name: "tree", URL: "http://joe:pw@" + u.Host + "/tree/*"},
@@ -459,7 +458,7 @@ func TestHTTPSTargets(t *testing.T) {
 		allowAll(c)
 		c.TLS = &tls.Config{RootCAs: pool}
 		c.Hosts = []agent.Host{{Name: "example.com", Address: "127.0.0.1"}} // a name in the certificate
-		insecure := config.DefaultHTTPClientConfig
+		insecure := httpclient.DefaultConfig
 		insecure.TLSConfig.InsecureSkipVerify = true
 		c.Targets = []agent.Target{
 			{Name: "node", URL: s.URL + "/metrics", HTTP: &insecure},
