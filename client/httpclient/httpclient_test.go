@@ -2,10 +2,12 @@ package httpclient_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -337,5 +339,49 @@ func TestAssertionIsSigned(t *testing.T) {
 	defer transport.CloseIdleConnections()
 	if got := s.ask(transport, s.target.URL); !strings.Contains(got, `Authorization: ["Bearer x"]`) {
 		t.Error(got)
+	}
+}
+
+// TestTokenTakesNoLonger: a request ends with its context, whoever else waits for the
+// server of tokens.
+func TestTokenTakesNoLonger(t *testing.T) {
+	asked, end := make(chan struct{}), make(chan struct{})
+	tokens := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked <- struct{}{}
+		<-end
+	}))
+	defer tokens.Close()
+	defer close(end)
+	c := httpclient.DefaultConfig
+	c.OAuth2 = &httpclient.OAuth2{ClientID: "me", ClientSecret: "x", TokenURL: tokens.URL}
+	transport, err := httpclient.NewTransport(c, new(net.Dialer).DialContext)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer transport.CloseIdleConnections()
+	send := func(ctx context.Context) chan error {
+		done := make(chan error, 1)
+		r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:1/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			_, err := transport.RoundTrip(r)
+			done <- err
+		}()
+		return done
+	}
+	first, endFirst := context.WithCancel(t.Context())
+	defer endFirst()
+	firstDone := send(first)
+	<-asked
+	second, endSecond := context.WithCancel(t.Context())
+	endSecond()
+	if err := <-send(second); !errors.Is(err, context.Canceled) {
+		t.Errorf("the second request got %v", err)
+	}
+	endFirst()
+	if err := <-firstDone; !errors.Is(err, context.Canceled) {
+		t.Errorf("the first request got %v", err)
 	}
 }
