@@ -13,6 +13,7 @@ import (
 
 	"github.com/culvert-io/culvert/gateway"
 	"github.com/culvert-io/culvert/gateway/boltstore"
+	"github.com/culvert-io/culvert/gateway/fastgzip"
 )
 
 // benchmarkBody has 50 series, one a metric.
@@ -37,7 +38,7 @@ func filled(b *testing.B, backend gateway.Backend, groups int) (*gateway.Gateway
 		cancel()
 		<-done
 	})
-	g := gateway.New(gateway.Config{}, store)
+	g := gateway.New(gateway.Config{Gzip: fastgzip.Gzip}, store)
 	body := benchmarkBody()
 	push := func(n int) {
 		r := httptest.NewRequest(http.MethodPut, "/", strings.NewReader(body))

@@ -13,7 +13,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/s2"
 	"github.com/klauspost/compress/zstd"
 	dto "github.com/prometheus/client_model/go"
@@ -126,7 +125,7 @@ func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, what func() s
 	}
 	sent := &patientReader{body: r.Body, conn: http.NewResponseController(w), end: time.Now().Add(maxRead)}
 	defer sent.stop()
-	body, closeBody, err := decompress(&limitedReader{r: sent, left: g.config.MaxBodySize}, r.Header.Get("Content-Encoding"), g.config.MaxBodySize)
+	body, closeBody, err := decompress(&limitedReader{r: sent, left: g.config.MaxBodySize}, r.Header.Get("Content-Encoding"), g.config.MaxBodySize, g.config.Gzip)
 	if err != nil {
 		return b, bodyError(what, sent, err)
 	}
@@ -208,11 +207,11 @@ func (p *patientReader) stop() {
 
 // decompress returns the content of a body, of at most limit bytes. An encoding
 // that it doesn't know is ignored, as the Pushgateway does.
-func decompress(body io.Reader, encoding string, limit int64) (io.Reader, func(), error) {
+func decompress(body io.Reader, encoding string, limit int64, zip *Gzip) (io.Reader, func(), error) {
 	done := func() {}
 	switch strings.ToLower(encoding) {
 	case "gzip":
-		zr, err := gzip.NewReader(body)
+		zr, err := zip.NewReader(body)
 		if err != nil {
 			return nil, nil, fmt.Errorf("it is not gzip, as its Content-Encoding says: %w", err)
 		}

@@ -56,7 +56,7 @@ func FuzzBody(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, formatByte, encoding byte, body []byte) {
 		const limit = 1 << 16
-		r, done, err := decompress(&limitedReader{r: bytes.NewReader(body), left: limit}, encodings[int(encoding)%len(encodings)], limit)
+		r, done, err := decompress(&limitedReader{r: bytes.NewReader(body), left: limit}, encodings[int(encoding)%len(encodings)], limit, standardGzip)
 		if err != nil {
 			return
 		}

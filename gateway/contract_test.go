@@ -26,6 +26,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/culvert-io/culvert/gateway"
+	"github.com/culvert-io/culvert/gateway/fastgzip"
 )
 
 const protobufType = "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited"
@@ -718,35 +719,44 @@ func TestFormats(t *testing.T) {
 	}
 }
 
-// TestGzip is S13.
+// TestGzip is S13, and a push that is compressed, with both implementations.
 func TestGzip(t *testing.T) {
-	s := start(t, gateway.StoreConfig{}, gateway.Memory())
-	s.want(200, "PUT", "/j", "m 1\n")
-	plain := s.scrape().Body.String()
-	for accept, want := range map[string]bool{
-		"gzip": true, "deflate, gzip;q=0.5, *;q=0": true, "zstd,gzip": true, "gzip;q=0.001": true,
-		"": false, "gzip;q=0": false, "gzip;q=0.0, identity": false, "*": false, "*;q=1": false, "identity": false, "zstd": false, "deflate": false, "br, snappy": false, "x-gzip": false,
-	} {
-		t.Run("S13 "+accept, func(t *testing.T) {
-			w := s.scrape("Accept-Encoding", accept)
-			if got := w.Header().Get("Content-Encoding"); (got == "gzip") != want || got != "" && got != "gzip" {
-				t.Errorf("got Content-Encoding %q", got)
-			}
-			body := io.Reader(w.Body)
-			if want {
-				zr, err := gzip.NewReader(body)
-				if err != nil {
-					t.Fatal(err)
+	for implementation, zip := range map[string]*gateway.Gzip{"compress/gzip": nil, "fastgzip": fastgzip.Gzip} {
+		s := startGateway(t, gateway.Config{Gzip: zip}, gateway.StoreConfig{}, gateway.Memory())
+		var packed bytes.Buffer
+		zw := gzip.NewWriter(&packed)
+		io.WriteString(zw, "m 1\n")
+		zw.Close()
+		s.want(200, "PUT", "/j", packed.String(), "Content-Encoding", "gzip")
+		s.want(400, "PUT", "/j", packed.String()[:packed.Len()-1], "Content-Encoding", "gzip")
+		s.want(400, "PUT", "/j", "m 2\n", "Content-Encoding", "gzip")
+		plain := s.scrape().Body.String()
+		exposed(t, plain, "# TYPE m untyped\nm{@} 1")
+		for accept, want := range map[string]bool{
+			"gzip": true, "deflate, gzip;q=0.5, *;q=0": true, "zstd,gzip": true, "gzip;q=0.001": true,
+			"": false, "gzip;q=0": false, "gzip;q=0.0, identity": false, "*": false, "*;q=1": false, "identity": false, "zstd": false, "deflate": false, "br, snappy": false, "x-gzip": false,
+		} {
+			t.Run("S13 "+implementation+" "+accept, func(t *testing.T) {
+				w := s.scrape("Accept-Encoding", accept)
+				if got := w.Header().Get("Content-Encoding"); (got == "gzip") != want || got != "" && got != "gzip" {
+					t.Errorf("got Content-Encoding %q", got)
 				}
-				body = zr
-			}
-			if got, err := io.ReadAll(body); err != nil || string(got) != plain {
-				t.Errorf("got %q, %v, want %q", got, err, plain)
-			}
-			if got := w.Header().Get("Vary"); !strings.Contains(got, "Accept-Encoding") {
-				t.Errorf("got Vary %q", got)
-			}
-		})
+				body := io.Reader(w.Body)
+				if want {
+					zr, err := gzip.NewReader(body)
+					if err != nil {
+						t.Fatal(err)
+					}
+					body = zr
+				}
+				if got, err := io.ReadAll(body); err != nil || string(got) != plain {
+					t.Errorf("got %q, %v, want %q", got, err, plain)
+				}
+				if got := w.Header().Get("Vary"); !strings.Contains(got, "Accept-Encoding") {
+					t.Errorf("got Vary %q", got)
+				}
+			})
+		}
 	}
 }
 

@@ -11,9 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 
-	"github.com/klauspost/compress/gzip"
 	"github.com/munnerz/goautoneg"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
@@ -46,7 +44,7 @@ func (s *Store) views() map[string]*view {
 
 // expose answers a scrape with families of the groups and the server's own, which
 // determine HELP.
-func expose(w http.ResponseWriter, r *http.Request, views map[string]*view, own []*dto.MetricFamily, logger *slog.Logger) {
+func expose(w http.ResponseWriter, r *http.Request, views map[string]*view, own []*dto.MetricFamily, zip *Gzip, logger *slog.Logger) {
 	for _, f := range own {
 		v := views[f.GetName()]
 		if v == nil {
@@ -55,7 +53,7 @@ func expose(w http.ResponseWriter, r *http.Request, views map[string]*view, own 
 		}
 		v.own, v.kind, v.help = f, f.GetType(), f.GetHelp()
 	}
-	format, buffered, done := startExposition(w, r)
+	format, buffered, done := startExposition(w, r, zip)
 	defer done()
 	for _, name := range slices.Sorted(maps.Keys(views)) {
 		if err := views[name].write(buffered, format); err != nil {
@@ -78,7 +76,7 @@ func expose(w http.ResponseWriter, r *http.Request, views map[string]*view, own 
 // describes it. In protobuf each part is a message of its own, which Prometheus
 // takes for the same. A family that can't be encoded is left out and logged.
 func ServeFamilies(w http.ResponseWriter, r *http.Request, families iter.Seq[*dto.MetricFamily], logger *slog.Logger) {
-	format, out, done := startExposition(w, r)
+	format, out, done := startExposition(w, r, standardGzip)
 	defer done()
 	var encoded bytes.Buffer
 	last := ""
@@ -107,7 +105,7 @@ func ServeFamilies(w http.ResponseWriter, r *http.Request, families iter.Seq[*dt
 
 // startExposition negotiates how a scrape is answered, and writes the header. done
 // ends the compression, and must be called after the writer was flushed.
-func startExposition(w http.ResponseWriter, r *http.Request) (format expfmt.Format, out *bufio.Writer, done func()) {
+func startExposition(w http.ResponseWriter, r *http.Request, zip *Gzip) (format expfmt.Format, out *bufio.Writer, done func()) {
 	format = negotiate(r.Header)
 	w.Header().Set("Content-Type", string(format))
 	w.Header().Add("Vary", "Accept, Accept-Encoding")
@@ -115,18 +113,9 @@ func startExposition(w http.ResponseWriter, r *http.Request) (format expfmt.Form
 		return format, bufio.NewWriterSize(w, 64<<10), func() {}
 	}
 	w.Header().Set("Content-Encoding", "gzip")
-	zw := gzipWriters.Get().(*gzip.Writer)
-	zw.Reset(w)
-	return format, bufio.NewWriterSize(zw, 64<<10), func() {
-		zw.Close()
-		gzipWriters.Put(zw)
-	}
+	zw, done := zip.writer(w)
+	return format, bufio.NewWriterSize(zw, 64<<10), done
 }
-
-var gzipWriters = sync.Pool{New: func() any {
-	zw, _ := gzip.NewWriterLevel(nil, gzip.BestSpeed)
-	return zw
-}}
 
 // negotiate chooses protobuf or text by the Accept header; OpenMetrics for a
 // client that takes neither: its names and le values differ, and series that were

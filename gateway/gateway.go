@@ -48,6 +48,9 @@ type Config struct {
 	Own *Own
 	// Registerer gets the gateway's metrics: names start with push_. None by default.
 	Registerer prometheus.Registerer
+	// Gzip compresses and decompresses. By default compress/gzip does; fastgzip.Gzip is
+	// faster.
+	Gzip *Gzip
 }
 
 // Gateway is the HTTP side of a store.
@@ -69,6 +72,9 @@ func New(config Config, store *Store) *Gateway {
 	}
 	if config.Own == nil {
 		config.Own = NewOwn(prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { return nil, nil }), "culvert_")
+	}
+	if config.Gzip == nil {
+		config.Gzip = standardGzip
 	}
 	return &Gateway{
 		config: config, store: store, metrics: newMetrics(config.Registerer, store),
@@ -365,7 +371,7 @@ func (g *Gateway) ServeMetrics(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusServiceUnavailable)
 		return
 	}
-	expose(w, r, views, own, g.store.config.Logger)
+	expose(w, r, views, own, g.config.Gzip, g.store.config.Logger)
 }
 
 // ServeOwn answers a scrape where there is no store: with the server's own metrics.
@@ -374,5 +380,5 @@ func ServeOwn(w http.ResponseWriter, r *http.Request, own *Own, logger *slog.Log
 	if err != nil {
 		logger.Error("The server's own metrics are not complete", "err", err)
 	}
-	expose(w, r, map[string]*view{}, families, logger)
+	expose(w, r, map[string]*view{}, families, standardGzip, logger)
 }

@@ -37,6 +37,11 @@ type server struct {
 
 func start(t testing.TB, config gateway.StoreConfig, backend gateway.Backend) server {
 	t.Helper()
+	return startGateway(t, gateway.Config{}, config, backend)
+}
+
+func startGateway(t testing.TB, own gateway.Config, config gateway.StoreConfig, backend gateway.Backend) server {
+	t.Helper()
 	config.Logger = slog.New(slog.DiscardHandler)
 	store, err := gateway.OpenStore(config, backend)
 	if err != nil {
@@ -51,7 +56,7 @@ func start(t testing.TB, config gateway.StoreConfig, backend gateway.Backend) se
 			t.Error(err)
 		}
 	})
-	return server{t, gateway.New(gateway.Config{}, store)}
+	return server{t, gateway.New(own, store)}
 }
 
 // do sends a request for /metrics/job + path.

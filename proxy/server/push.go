@@ -19,6 +19,7 @@ import (
 	"github.com/culvert-io/culvert/gateway"
 	"github.com/culvert-io/culvert/gateway/boltstore"
 	"github.com/culvert-io/culvert/gateway/etcdstore"
+	"github.com/culvert-io/culvert/gateway/fastgzip"
 )
 
 // Push tunes the push store. Zero values mean the defaults.
@@ -92,7 +93,7 @@ func (p *pushStore) open() error {
 	}
 	p.store, p.err = store, nil
 	p.gateway.Store(gateway.New(gateway.Config{
-		MaxBodySize: s.config.Push.MaxBodySize, Own: p.own,
+		MaxBodySize: s.config.Push.MaxBodySize, Own: p.own, Gzip: fastgzip.Gzip,
 		Registerer: prometheus.WrapRegistererWithPrefix("culvert_proxy_", s.config.Registry),
 	}, store))
 	return nil
