@@ -16,8 +16,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-
-	"golang.org/x/net/http/httpproxy"
 )
 
 // Config is a http_config. At most one of BasicAuth, Authorization, OAuth2,
@@ -198,23 +196,6 @@ func (p *Proxy) validate() error {
 		return errors.New("proxy_connect_header is set, and neither proxy_url nor proxy_from_environment is; set one of them")
 	}
 	return nil
-}
-
-// function returns what http.Transport.Proxy is, nil for no proxy.
-func (p *Proxy) function() func(*http.Request) (*url.URL, error) {
-	var c *httpproxy.Config
-	switch {
-	case p.ProxyFromEnvironment:
-		c = httpproxy.FromEnvironment()
-	case p.ProxyURL.URL == nil:
-		return nil
-	case p.NoProxy == "":
-		return http.ProxyURL(p.ProxyURL.URL)
-	default:
-		c = &httpproxy.Config{HTTPProxy: p.ProxyURL.String(), HTTPSProxy: p.ProxyURL.String(), NoProxy: p.NoProxy}
-	}
-	choose := c.ProxyFunc()
-	return func(r *http.Request) (*url.URL, error) { return choose(r.URL) }
 }
 
 func (p *Proxy) connectHeader() http.Header {
