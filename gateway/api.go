@@ -4,9 +4,8 @@ import (
 	"bufio"
 	"encoding/json"
 	"net/http"
-	"slices"
+	"sort"
 	"strconv"
-	"strings"
 	"time"
 
 	dto "github.com/prometheus/client_model/go"
@@ -100,7 +99,7 @@ func (s *Store) snapshot() []group {
 		groups = append(groups, *g)
 	}
 	s.mu.RUnlock()
-	slices.SortFunc(groups, func(a, b group) int { return strings.Compare(a.id, b.id) })
+	sort.Slice(groups, func(i, j int) bool { return groups[i].id < groups[j].id })
 	return groups
 }
 

@@ -3,6 +3,7 @@ package gateway
 import (
 	"fmt"
 	"slices"
+	"sort"
 	"strings"
 	"time"
 
@@ -219,7 +220,7 @@ func (s *Store) matching(match func(Key) bool) []Key {
 			keys = append(keys, g.key)
 		}
 	}
-	slices.SortFunc(keys, func(a, b Key) int { return strings.Compare(a.ID(), b.ID()) })
+	sort.Slice(keys, func(i, j int) bool { return keys[i].ID() < keys[j].ID() })
 	return keys
 }
 

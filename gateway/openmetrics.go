@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -64,7 +65,7 @@ func ParseOpenMetrics(body []byte) ([]FoundFamily, error) {
 	for name, f := range r.families {
 		found = append(found, FoundFamily{f, r.places[name][0], r.places[name][1]})
 	}
-	slices.SortFunc(found, func(a, b FoundFamily) int { return strings.Compare(a.GetName(), b.GetName()) })
+	sort.Slice(found, func(i, j int) bool { return found[i].GetName() < found[j].GetName() })
 	return found, nil
 }
 

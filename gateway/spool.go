@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"time"
@@ -144,7 +144,7 @@ func newSpools(limit int) spools {
 
 // load fills it with what was stored.
 func (s *spools) load(marks []Mark) {
-	slices.SortFunc(marks, func(a, b Mark) int { return a.Noted.Compare(b.Noted) })
+	sort.Slice(marks, func(i, j int) bool { return marks[i].Noted.Before(marks[j].Noted) })
 	for _, m := range marks {
 		s.note(m)
 	}

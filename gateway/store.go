@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"sort"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -596,10 +597,10 @@ func (s *Store) Groups() []GroupInfo {
 			}
 		}
 	}
-	slices.SortStableFunc(infos, func(a, b GroupInfo) int {
-		jobA, _ := a.Key.Get("job")
-		jobB, _ := b.Key.Get("job")
-		return strings.Compare(jobA, jobB)
+	sort.SliceStable(infos, func(i, j int) bool {
+		jobI, _ := infos[i].Key.Get("job")
+		jobJ, _ := infos[j].Key.Get("job")
+		return jobI < jobJ
 	})
 	return infos
 }

@@ -1,7 +1,6 @@
 package boltstore
 
 import (
-	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -11,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sort"
 )
 
 // commitLog is the two files that a store writes its changes to before they are
@@ -86,7 +86,7 @@ func (l *commitLog) replay(applied uint64, f func(payload []byte) error) (last u
 	if len(frames) == 0 {
 		return applied, nil
 	}
-	slices.SortFunc(frames, func(a, b frameRef) int { return cmp.Compare(a.number, b.number) })
+	sort.Slice(frames, func(i, j int) bool { return frames[i].number < frames[j].number })
 	last = frames[len(frames)-1].number
 	// Each frame tells which one was written before it: those between failed.
 	var chain []frameRef

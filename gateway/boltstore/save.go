@@ -7,6 +7,7 @@ import (
 	"maps"
 	"runtime/debug"
 	"slices"
+	"sort"
 
 	bolt "go.etcd.io/bbolt"
 
@@ -94,7 +95,7 @@ const putTogether = 512
 // of the log the database goes. After a crash before that the log is read again, and has
 // all that the records were made from: they come out the same.
 func put(db *bolt.DB, path string, keys []groupKey, record func(key groupKey, before []byte) ([]byte, error), marks map[string]gateway.Mark, store, last uint64) error {
-	slices.SortFunc(keys, func(a, b groupKey) int { return bytes.Compare(a[:], b[:]) })
+	sort.Slice(keys, func(i, j int) bool { return bytes.Compare(keys[i][:], keys[j][:]) < 0 })
 	for some := range slices.Chunk(keys, putTogether) {
 		if err := update(db, path, func(tx *bolt.Tx) error { return putGroups(tx, some, record) }); err != nil {
 			return err
