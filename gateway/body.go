@@ -217,18 +217,25 @@ func decompress(body io.Reader, encoding string, limit int64, zip *Gzip) (io.Rea
 		}
 		body = zr
 	case "snappy": // framed
-		body = s2.NewReader(body, s2.ReaderMaxBlockSize(64<<10))
+		body = readFunc(s2.NewReader(body, s2.ReaderMaxBlockSize(64<<10)).Read)
 	case "zstd":
 		zr, err := zstd.NewReader(body, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(64<<20))
 		if err != nil {
 			return nil, nil, fmt.Errorf("it is not zstd, as its Content-Encoding says: %w", err)
 		}
-		body, done = zr, zr.Close
+		body, done = readFunc(zr.Read), zr.Close
 	default:
 		return body, done, nil
 	}
 	return &limitedReader{r: body, left: limit}, done, nil
 }
+
+// readFunc is an io.Reader of one method. Where a program uses text/template, the linker
+// keeps all methods of a type whose values become interfaces, and those decoders have
+// many.
+type readFunc func(b []byte) (int, error)
+
+func (f readFunc) Read(b []byte) (int, error) { return f(b) }
 
 // limitedReader fails beyond its limit, where io.LimitReader would just end: a
 // body that is cut there may still parse.
