@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"fmt"
 	"slices"
+	"sort"
 	"strings"
 	"unicode/utf8"
 
@@ -46,7 +47,7 @@ func (k Key) canonical() Key {
 	for i, l := range k {
 		c[i] = Label{model.EscapeName(l.Name, model.UnderscoreEscaping), l.Value}
 	}
-	slices.SortFunc(c, func(a, b Label) int { return strings.Compare(a.Name, b.Name) })
+	sort.Slice(c, func(i, j int) bool { return c[i].Name < c[j].Name })
 	return c
 }
 
@@ -94,9 +95,9 @@ func NewKey(labels map[string]string) (Key, error) {
 		if err := checkKeyLabel(name, value); err != nil {
 			return nil, err
 		}
-		k = append(k, Label{name, value})
+		at, _ := slices.BinarySearchFunc(k, name, func(l Label, name string) int { return strings.Compare(l.Name, name) })
+		k = slices.Insert(k, at, Label{name, value})
 	}
-	slices.SortFunc(k, func(a, b Label) int { return strings.Compare(a.Name, b.Name) })
 	for c, i := k.canonical(), 1; i < len(c); i++ {
 		if c[i].Name == c[i-1].Name {
 			return nil, fmt.Errorf("two label names of the grouping key %s are the same where UTF-8 names are escaped: %s", k, c[i].Name)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"math"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -392,9 +393,9 @@ func (e *textEncoder) result(want func(name string) bool) (out pushedFamilies, o
 		out.families = append(out.families, p)
 		e.places = append(e.places, place{f.name, order})
 	}
-	slices.SortFunc(out.families, func(a, b prepared) int { return strings.Compare(a.name(), b.name()) })
+	sort.Slice(out.families, func(i, j int) bool { return out.families[i].name() < out.families[j].name() })
 	if len(e.series) <= maxValues {
-		slices.SortFunc(e.places, func(a, b place) int { return bytes.Compare(a.name, b.name) })
+		sort.Slice(e.places, func(i, j int) bool { return bytes.Compare(e.places[i].name, e.places[j].name) < 0 })
 		out.order = make([]uint16, 0, len(e.series))
 		for _, p := range e.places {
 			out.order = append(out.order, p.order...)
