@@ -1,8 +1,9 @@
 package httpclient_test
 
 import (
-	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
@@ -137,8 +138,23 @@ func TestLikePrometheus(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	curve, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ec, err := x509.MarshalPKCS8PrivateKey(curve)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, content := range map[string]string{
-		"user": "joe\n", "password": " from file\n", "empty": "",
+		"pkcs8.pem":  string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})),
+		"ec.pem":     string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: ec})),
+		"broken.pem": string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: []byte("x")})),
+		"user":       "joe\n", "password": " from file\n", "empty": "",
 		"ca.pem":  string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.secured.Certificate().Raw})),
 		"rsa.pem": string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})),
 	} {
@@ -224,6 +240,11 @@ func TestLikePrometheus(t *testing.T) {
 		"oauth2: {grant_type: 'urn:ietf:params:oauth:grant-type:jwt-bearer', client_id: me, client_certificate_key_file: DIR/rsa.pem" + tokenURL + "}",
 		"oauth2: {grant_type: 'urn:ietf:params:oauth:grant-type:jwt-bearer', client_id: me, client_certificate_key_file: DIR/rsa.pem, client_certificate_key_id: k, signature_algorithm: RS512, iss: i, audience: au, claims: {c: d}, scopes: [a, b], endpoint_params: {p: q}" + tokenURL + "}",
 		"oauth2: {grant_type: 'urn:ietf:params:oauth:grant-type:jwt-bearer', client_id: me, client_certificate_key: none" + tokenURL + "}",
+		"oauth2: {grant_type: 'urn:ietf:params:oauth:grant-type:jwt-bearer', client_id: me, client_certificate_key_file: DIR/pkcs8.pem, signature_algorithm: RS384, claims: {iss: j, exp: 1, iat: -599, n: 1.5, list: [a, '<&>']}" + tokenURL + "}",
+		"oauth2: {grant_type: 'urn:ietf:params:oauth:grant-type:jwt-bearer', client_id: me, client_certificate_key_file: DIR/rsa.pem, claims: {nested: {a: b}}" + tokenURL + "}",
+		"oauth2: {grant_type: 'urn:ietf:params:oauth:grant-type:jwt-bearer', client_id: me, client_certificate_key_file: DIR/ec.pem" + tokenURL + "}",
+		"oauth2: {grant_type: 'urn:ietf:params:oauth:grant-type:jwt-bearer', client_id: me, client_certificate_key_file: DIR/broken.pem" + tokenURL + "}",
+		"oauth2: {grant_type: 'urn:ietf:params:oauth:grant-type:jwt-bearer', client_id: me, client_certificate_key_file: DIR/rsa.pem, endpoint_params: {assertion: x}" + tokenURL + "}",
 		"oauth2: {grant_type: 'urn:ietf:params:oauth:grant-type:jwt-bearer', client_id: me, signature_algorithm: HS256, client_certificate_key: x" + tokenURL + "}",
 		"oauth2: {grant_type: 'urn:ietf:params:oauth:grant-type:jwt-bearer', client_id: me, client_certificate_key: x, client_certificate_key_file: DIR/rsa.pem" + tokenURL + "}",
 		"oauth3: {}",
@@ -314,31 +335,39 @@ func TestAssertionIsSigned(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tokens := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		_, err := jwt.Parse(r.PostFormValue("assertion"), func(*jwt.Token) (any, error) { return &key.PublicKey, nil }, jwt.WithValidMethods([]string{"RS384"}))
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusBadRequest)
-			return
-		}
-		w.Header().Set("Content-Type", "application/json")
-		io.WriteString(w, `{"access_token":"x","token_type":"bearer"}`)
-	}))
-	defer tokens.Close()
-	var encoded bytes.Buffer
-	pem.Encode(&encoded, &pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})
-	s := newServers(t)
-	c := httpclient.DefaultConfig
-	c.OAuth2 = &httpclient.OAuth2{
-		ClientID: "me", GrantType: "urn:ietf:params:oauth:grant-type:jwt-bearer", SignatureAlgorithm: "RS384", TokenURL: tokens.URL,
-		ClientCertificateKey: httpclient.Secret(encoded.String()),
-	}
-	transport, err := httpclient.NewTransport(c, new(net.Dialer).DialContext)
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer transport.CloseIdleConnections()
-	if got := s.ask(transport, s.target.URL); !strings.Contains(got, `Authorization: ["Bearer x"]`) {
-		t.Error(got)
+	s := newServers(t)
+	for algorithm, block := range map[string]*pem.Block{
+		"RS256": {Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)},
+		"RS384": {Type: "PRIVATE KEY", Bytes: pkcs8},
+		"RS512": {Type: "PRIVATE KEY", Bytes: pkcs8},
+	} {
+		tokens := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, err := jwt.Parse(r.PostFormValue("assertion"), func(*jwt.Token) (any, error) { return &key.PublicKey, nil }, jwt.WithValidMethods([]string{algorithm}))
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusBadRequest)
+				return
+			}
+			w.Header().Set("Content-Type", "application/json")
+			io.WriteString(w, `{"access_token":"`+algorithm+`","token_type":"bearer"}`)
+		}))
+		defer tokens.Close()
+		c := httpclient.DefaultConfig
+		c.OAuth2 = &httpclient.OAuth2{
+			ClientID: "me", GrantType: "urn:ietf:params:oauth:grant-type:jwt-bearer", SignatureAlgorithm: algorithm, TokenURL: tokens.URL,
+			ClientCertificateKey: httpclient.Secret(pem.EncodeToMemory(block)),
+		}
+		transport, err := httpclient.NewTransport(c, new(net.Dialer).DialContext)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer transport.CloseIdleConnections()
+		if got := s.ask(transport, s.target.URL); !strings.Contains(got, `Authorization: ["Bearer `+algorithm+`"]`) {
+			t.Error(got)
+		}
 	}
 }
 

@@ -3,16 +3,23 @@ package httpclient
 import (
 	"cmp"
 	"context"
+	"crypto"
 	"crypto/rand"
+	"crypto/rsa"
+	_ "crypto/sha512" // RS384 and RS512
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"net/url"
 	"strings"
 	"time"
 
-	"github.com/golang-jwt/jwt/v5"
 	"golang.org/x/oauth2"
 	"golang.org/x/oauth2/clientcredentials"
 )
@@ -53,9 +60,8 @@ const (
 	assertionLifetime = 10 * time.Minute
 )
 
-var signingMethods = map[string]*jwt.SigningMethodRSA{
-	"": jwt.SigningMethodRS256, "RS256": jwt.SigningMethodRS256, "RS384": jwt.SigningMethodRS384, "RS512": jwt.SigningMethodRS512,
-}
+// signatureHashes are what is signed, by the algorithm (RFC 7518, 3.3).
+var signatureHashes = map[string]crypto.Hash{"RS256": crypto.SHA256, "RS384": crypto.SHA384, "RS512": crypto.SHA512}
 
 func (o *OAuth2) validate() error {
 	switch {
@@ -65,7 +71,7 @@ func (o *OAuth2) validate() error {
 		return errors.New("token_url is missing")
 	case o.GrantType == grantJWTBearer && o.ClientCertificateKey != "" && o.ClientCertificateKeyFile != "":
 		return errors.New("client_certificate_key and client_certificate_key_file are both set; leave one away")
-	case o.GrantType == grantJWTBearer && signingMethods[o.SignatureAlgorithm] == nil:
+	case o.GrantType == grantJWTBearer && o.SignatureAlgorithm != "" && signatureHashes[o.SignatureAlgorithm] == 0:
 		return fmt.Errorf("signature_algorithm %q is not known; use RS256, RS384 or RS512", o.SignatureAlgorithm)
 	case o.GrantType != grantJWTBearer && o.ClientSecret != "" && o.ClientSecretFile != "":
 		return errors.New("client_secret and client_secret_file are both set; leave one away")
@@ -144,28 +150,29 @@ func (t *tokens) token(ctx context.Context, userAgent string) (*oauth2.Token, er
 }
 
 // addAssertion adds what a token is asked for with, signed with the key.
-func (o *OAuth2) addAssertion(params url.Values, pem string) error {
+func (o *OAuth2) addAssertion(params url.Values, text string) error {
 	if params.Has("assertion") {
 		return errors.New(`endpoint_params: "assertion" is what the grant sends; remove it`)
 	}
-	key, err := jwt.ParseRSAPrivateKeyFromPEM([]byte(pem))
+	key, err := parseKey(text)
 	if err != nil {
 		return fmt.Errorf("client_certificate_key: %w", err)
 	}
 	now := time.Now()
-	claims := jwt.MapClaims{
+	claims := map[string]any{
 		"iss": cmp.Or(o.Iss, o.ClientID), "sub": o.ClientID, "aud": cmp.Or(o.Audience, o.TokenURL), "jti": rand.Text(),
-		"iat": jwt.NewNumericDate(now), "exp": jwt.NewNumericDate(now.Add(assertionLifetime)),
+		"iat": now.Unix(), "exp": now.Add(assertionLifetime).Unix(),
 	}
 	if len(o.Scopes) > 0 {
 		claims["scope"] = strings.Join(o.Scopes, " ")
 	}
 	maps.Copy(claims, o.Claims)
-	assertion := jwt.NewWithClaims(signingMethods[o.SignatureAlgorithm], claims)
+	algorithm := cmp.Or(o.SignatureAlgorithm, "RS256")
+	header := map[string]any{"typ": "JWT", "alg": algorithm}
 	if o.ClientCertificateKeyID != "" {
-		assertion.Header["kid"] = o.ClientCertificateKeyID
+		header["kid"] = o.ClientCertificateKeyID
 	}
-	signed, err := assertion.SignedString(key)
+	signed, err := sign(header, claims, signatureHashes[algorithm], key)
 	if err != nil {
 		return fmt.Errorf("signing the assertion: %w", err)
 	}
@@ -174,6 +181,46 @@ func (o *OAuth2) addAssertion(params url.Values, pem string) error {
 		params.Set("grant_type", grantJWTBearer)
 	}
 	return nil
+}
+
+// parseKey reads an RSA key in PEM, in the form of PKCS #1 or #8.
+func parseKey(text string) (*rsa.PrivateKey, error) {
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		return nil, errors.New("there is no key in PEM")
+	}
+	if key, err := x509.ParsePKCS1PrivateKey(block.Bytes); err == nil {
+		return key, nil
+	}
+	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, err
+	}
+	key, ok := parsed.(*rsa.PrivateKey)
+	if !ok {
+		return nil, fmt.Errorf("it is a %T; an RSA key is needed", parsed)
+	}
+	return key, nil
+}
+
+// sign returns a JSON Web Token in compact form (RFC 7515, 3.1). The libraries for such
+// tokens do much more, and verify above all; they make the agent larger.
+func sign(header, claims map[string]any, hash crypto.Hash, key *rsa.PrivateKey) (string, error) {
+	var parts []string
+	for _, part := range []map[string]any{header, claims} {
+		text, err := json.Marshal(part)
+		if err != nil {
+			return "", err
+		}
+		parts = append(parts, base64.RawURLEncoding.EncodeToString(text))
+	}
+	h := hash.New()
+	io.WriteString(h, strings.Join(parts, "."))
+	signature, err := rsa.SignPKCS1v15(nil, key, hash, h.Sum(nil))
+	if err != nil {
+		return "", err
+	}
+	return strings.Join(append(parts, base64.RawURLEncoding.EncodeToString(signature)), "."), nil
 }
 
 // tokenTransport sends the requests for tokens.
