@@ -2,9 +2,9 @@
 // http_config (https://prometheus.io/docs/prometheus/latest/configuration/configuration/#http_config),
 // and makes transports of them.
 //
-// github.com/prometheus/common/config does the same, and more. It brings
-// html/template along, which keeps the linker from leaving out any exported method
-// of the program: with it, the agent was a fifth larger.
+// github.com/prometheus/common/config does the same, and more. It brings html/template
+// and other packages along that the agent has no use for. TestLikePrometheus compares
+// with it.
 package httpclient
 
 import (
