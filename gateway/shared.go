@@ -7,6 +7,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"slices"
+	"sort"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -368,7 +369,7 @@ func (s *Store) deleteShared(c *change) error {
 		}
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
-	slices.SortFunc(deleted, func(a, b Key) int { return strings.Compare(a.ID(), b.ID()) })
+	sort.Slice(deleted, func(i, j int) bool { return deleted[i].ID() < deleted[j].ID() })
 	c.matched = deleted
 	return nil
 }

@@ -410,7 +410,7 @@ func (e *textEncoder) interleaved() bool {
 	for i := range e.families {
 		e.names = append(e.names, e.families[i].name)
 	}
-	slices.SortFunc(e.names, bytes.Compare)
+	sort.Slice(e.names, func(i, j int) bool { return bytes.Compare(e.names[i], e.names[j]) < 0 })
 	for i := 1; i < len(e.names); i++ {
 		if bytes.Equal(e.names[i-1], e.names[i]) {
 			return true
@@ -465,7 +465,7 @@ func (e *textEncoder) sort(p *prepared, places []uint16, from, to int) bool {
 	for i := range order {
 		order[i] = from + i
 	}
-	slices.SortFunc(order, e.compare)
+	sort.Slice(order, func(i, j int) bool { return e.compare(order[i], order[j]) < 0 })
 	text, proto := make([]byte, 0, len(p.text)), make([]byte, 0, len(p.proto))
 	for i, n := range order {
 		places[i] = uint16(n)

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"sort"
 	"time"
 )
 
@@ -59,7 +60,7 @@ func (a *Agent) resolveLoop(ctx context.Context) {
 			for i := range found {
 				found[i] = found[i].Unmap()
 			}
-			slices.SortFunc(found, netip.Addr.Compare)
+			sort.Slice(found, func(i, j int) bool { return found[i].Less(found[j]) })
 			found = slices.Compact(found)
 			a.mu.Lock()
 			a.resolved[host] = found[:min(len(found), maxAddresses)]

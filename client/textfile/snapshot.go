@@ -1,12 +1,12 @@
 package textfile
 
 import (
-	"cmp"
 	"encoding/binary"
 	"fmt"
 	"iter"
 	"maps"
 	"slices"
+	"sort"
 	"strings"
 	"time"
 
@@ -272,7 +272,9 @@ func (s *Snapshot) findClashes() map[string]map[int]string {
 		return kind, known
 	}
 	all := slices.Concat(slices.Collect(maps.Values(candidates))...)
-	slices.SortFunc(all, func(a, b entry) int { return cmp.Or(a.file-b.file, strings.Compare(a.name, b.name)) })
+	sort.Slice(all, func(i, j int) bool {
+		return all[i].file < all[j].file || all[i].file == all[j].file && all[i].name < all[j].name
+	})
 	for _, e := range all {
 		if _, known := kindOf(e.name); known {
 			continue
