@@ -9,7 +9,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"text/tabwriter"
 
 	"github.com/alecthomas/units"
 	"github.com/prometheus/common/model"
@@ -31,9 +30,11 @@ func checkConfig(out io.Writer, flags *flags) error {
 		return err
 	}
 	c := settings.Agent
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	var lines [][2]string
+	width := 0
 	line := func(what, format string, args ...any) {
-		fmt.Fprintf(w, "%s\t%s\n", what, fmt.Sprintf(format, args...))
+		lines = append(lines, [2]string{what, fmt.Sprintf(format, args...)})
+		width = max(width, len(what))
 	}
 	file := flags.configFile
 	if file == "" {
@@ -137,8 +138,10 @@ func checkConfig(out io.Writer, flags *flags) error {
 		line("pushes", "without one: relayed %s, at most %s wait in %s", relay, units.Base2Bytes(c.Push.SpoolMaxBytes), c.Push.StoragePath)
 	}
 	line("reconnects", "after at most %s, growing to %s", c.RetryInitialWait, c.RetryMaxWait)
-	if err := w.Flush(); err != nil {
-		return err
+	for _, l := range lines {
+		if _, err := fmt.Fprintf(out, "%-*s  %s\n", width, l[0], l[1]); err != nil {
+			return err
+		}
 	}
 	if len(c.Allow) == 0 && len(c.Targets) == 0 && c.Push.StoragePath == "" {
 		fmt.Fprintln(out, "\nNothing may be scraped but the agent itself; allow ports with --allow=9100, or name targets with --target=NAME=URL.")

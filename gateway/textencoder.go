@@ -287,8 +287,21 @@ func (e *textEncoder) forceLabels(first int) bool {
 			e.labels[first+i].value = l.value
 		}
 	}
-	slices.SortFunc(e.labels[first:], func(a, b plainLabel) int { return bytes.Compare(a.name, b.name) })
+	sortLabels(e.labels[first:])
 	return true
+}
+
+// sortLabels sorts labels by name. Nearly all series have few, which are nearly in order.
+func sortLabels(labels []plainLabel) {
+	if len(labels) > 12 {
+		sort.Slice(labels, func(i, j int) bool { return bytes.Compare(labels[i].name, labels[j].name) < 0 })
+		return
+	}
+	for i := range labels {
+		for j := i; j > 0 && bytes.Compare(labels[j].name, labels[j-1].name) < 0; j-- {
+			labels[j], labels[j-1] = labels[j-1], labels[j]
+		}
+	}
 }
 
 // valueFields are the field numbers of the value in a Metric, by type.
