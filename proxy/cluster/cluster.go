@@ -104,7 +104,8 @@ type Cluster struct {
 	resync chan struct{} // has one: load everything anew
 	leased chan struct{} // has one: the lease may be gone
 
-	writer writer
+	writer  writer
+	hearing hearing
 
 	mu       sync.Mutex // protects what follows
 	peers    map[string]Peer
@@ -145,7 +146,7 @@ func New(config Config, logger *slog.Logger, registry prometheus.Registerer) (*C
 		config: config, prefix: config.Prefix + "fleet/", logger: logger, etcdTLS: etcdTLS,
 		first: make(chan struct{}), loaded: make(chan struct{}), resync: make(chan struct{}, 1), leased: make(chan struct{}, 1),
 		peers: map[string]Peer{}, heard: time.Now(), peerHTTP: newPeerTransport(peerTLS),
-		writer: writer{dirty: map[string]struct{}{}, work: make(chan struct{}, 1)},
+		writer: writer{dirty: map[string]struct{}{}, work: make(chan struct{}, 1)}, hearing: hearing{peers: map[string]*peerHearing{}},
 	}
 	c.metrics = newMetrics(registry, c)
 	return c, nil
@@ -183,7 +184,7 @@ func (c *Cluster) Shared(self string) *fleet.Shared {
 	c.self.ID = self
 	return &fleet.Shared{
 		Self: self, Changed: c.writer.mark, Alive: c.alive, Leads: c.leads, Settled: c.settled,
-		URL: func(proxy string) string { peer, _ := c.Peer(proxy); return peer.URL },
+		URL: func(proxy string) string { peer, _ := c.Peer(proxy); return peer.URL }, Silent: c.silent,
 	}
 }
 
@@ -216,6 +217,7 @@ func (c *Cluster) Run(ctx context.Context, self Peer, f *fleet.Fleet, pins Pins)
 	workCtx, stop := context.WithCancel(context.WithoutCancel(ctx)) // ends after the last writes
 	parts.Go(func() { c.keepLease(workCtx) })
 	parts.Go(func() { c.follow(workCtx) })
+	parts.Go(func() { c.listen(workCtx) })
 	c.write(ctx)
 	flushCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTimeout)
 	defer cancel()
@@ -348,7 +350,7 @@ func (c *Cluster) renew(ctx context.Context) error {
 		close(c.first)
 	}
 	c.hear()
-	c.fleet.Unsaved()
+	c.fleet.Unsaved(another)
 	c.writer.wake()
 	if another {
 		// What etcd lost with the lease before may be more than that.

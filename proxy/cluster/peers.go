@@ -3,6 +3,7 @@ package cluster
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -90,34 +91,40 @@ func (c *Cluster) credentials(h http.Header, agent string, timeout time.Duration
 }
 
 // RoundTrip sends a scrape, whose URL is in opaque form, to the proxy that holds the
-// agent. It returns ErrUnreachable where the proxy gave no answer.
-func (c *Cluster) RoundTrip(req *http.Request, proxy, agent string, timeout time.Duration) (*http.Response, error) {
+// agent. It returns ErrUnreachable where the proxy gave no answer. It does not wait for
+// one that is silent while better says that there is a better way.
+func (c *Cluster) RoundTrip(req *http.Request, proxy, agent string, timeout time.Duration, better func() bool) (*http.Response, error) {
 	base, err := c.address(proxy)
 	if err != nil {
 		return nil, err
 	}
-	out := req.WithContext(req.Context())
+	ctx, answered := c.unlessSilent(req.Context(), proxy, better)
+	defer answered()
+	out := req.WithContext(ctx)
 	out.URL = &url.URL{Scheme: base.Scheme, Host: base.Host, Opaque: req.URL.Opaque}
 	out.Header = req.Header.Clone()
 	c.credentials(out.Header, agent, timeout)
 	resp, err := c.peerHTTP.RoundTrip(out)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %s: %w", ErrUnreachable, base.Host, err)
+		return nil, fmt.Errorf("%w: %s: %w", ErrUnreachable, base.Host, cmp.Or(context.Cause(ctx), err))
 	}
 	return resp, nil
 }
 
 // Connect sends a CONNECT to the proxy that holds the agent. Where that one agrees, it
 // returns the connection and the reader that may hold what the target has said; else
-// the answer. It returns ErrUnreachable where the proxy gave no answer.
-func (c *Cluster) Connect(ctx context.Context, proxy, agent, authority string, timeout time.Duration) (net.Conn, *bufio.Reader, *http.Response, error) {
+// the answer. It returns ErrUnreachable where the proxy gave no answer; better is as for
+// RoundTrip.
+func (c *Cluster) Connect(ctx context.Context, proxy, agent, authority string, timeout time.Duration, better func() bool) (net.Conn, *bufio.Reader, *http.Response, error) {
 	base, err := c.address(proxy)
 	if err != nil {
 		return nil, nil, nil, err
 	}
+	ctx, answered := c.unlessSilent(ctx, proxy, better)
+	defer answered()
 	fail := func(err error) (net.Conn, *bufio.Reader, *http.Response, error) {
 		if ctx.Err() != nil {
-			err = ctx.Err()
+			err = context.Cause(ctx)
 		}
 		return nil, nil, nil, fmt.Errorf("%w: %s: %w", ErrUnreachable, base.Host, err)
 	}

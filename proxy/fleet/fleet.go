@@ -49,6 +49,7 @@ type Fleet struct {
 	started time.Time
 
 	conflicts chan struct{} // has one when a name has two instances: see settleConflicts
+	unproven  chan struct{} // has one when there are sessions to prove: see proveSessions
 
 	mu        sync.RWMutex // protects what follows, and the fields of agents
 	stored    bool         // the list was read from the store, or the other proxies have it
@@ -92,6 +93,7 @@ type Conn struct {
 	// Transport sends requests through the session.
 	Transport *protocol.Transport
 	started   time.Time
+	unproven  bool // see Fleet.Unsaved; protected by the fleet's mu
 }
 
 // NewConn returns a Conn for the session.
@@ -128,7 +130,7 @@ func Open(config Config) (*Fleet, error) {
 		config: config, started: time.Now(),
 		agents: map[string]*Agent{}, names: map[string]*Agent{},
 		hosts: map[string]map[*Agent]struct{}{}, wildcards: map[string]map[*Agent]struct{}{},
-		conflicts: make(chan struct{}, 1), deleted: map[string]struct{}{},
+		conflicts: make(chan struct{}, 1), unproven: make(chan struct{}, 1), deleted: map[string]struct{}{},
 	}
 	if config.Path == "" {
 		return f, nil
@@ -172,6 +174,7 @@ func (f *Fleet) Run(ctx context.Context) {
 		var settling sync.WaitGroup
 		defer settling.Wait()
 		settling.Go(func() { f.settleConflicts(ctx) })
+		settling.Go(func() { f.proveSessions(ctx) })
 	}
 	for {
 		select {

@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/culvert-io/culvert/protocol"
@@ -39,6 +40,8 @@ type Shared struct {
 	Settled func()
 	// URL tells how a proxy is reached by the others, "" where it is not known.
 	URL func(proxy string) string
+	// Silent reports whether a proxy does not answer now.
+	Silent func(proxy string) bool
 }
 
 // Held is a session of an agent that a proxy holds.
@@ -154,7 +157,7 @@ func (f *Fleet) Pending(name string) (Change, bool) {
 	case a.conn == nil, f.draining && len(a.peers) > 0:
 		c.conn = nil
 		c.Keep = a.put == nil && a.own == 0
-	case a.put == a.conn:
+	case a.put == a.conn, a.conn.unproven:
 		c.Keep = true
 	default:
 		c.Session = &Held{Proxy: f.config.Shared.Self, Instance: HashInstance(a.conn.Instance), Since: a.since.UTC(), RemoteAddr: a.conn.RemoteAddr, Transport: a.conn.Session.Transport}
@@ -199,7 +202,7 @@ func (f *Fleet) Written(c Change, revision int64, ok bool) {
 		}
 	}
 	a.forget = false
-	if next := a.conn != nil && a.put != a.conn && !(f.draining && len(a.peers) > 0); next || a.dirty {
+	if next := a.conn != nil && a.put != a.conn && !a.conn.unproven && !(f.draining && len(a.peers) > 0); next || a.dirty {
 		f.config.Shared.Changed(a.Name)
 	}
 }
@@ -515,13 +518,65 @@ func (f *Fleet) Load(s Snapshot) {
 }
 
 // Unsaved marks all that this proxy holds for writing: its sessions' keys have gone.
-func (f *Fleet) Unsaved() {
+// Where cut is true the proxy may have been cut off from its agents as well as from etcd:
+// then a session is written once its agent has given a sign of life, for TCP takes as
+// long again to notice that a way is back, and scrapes would wait for that.
+func (f *Fleet) Unsaved(cut bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, a := range f.agents {
-		if a.put = nil; a.conn != nil {
+		if a.put = nil; a.conn == nil {
+			continue
+		}
+		if cut {
+			a.conn.unproven = true
+		} else {
 			f.share(a, false)
 		}
+	}
+	select {
+	case f.unproven <- struct{}{}:
+	default:
+	}
+}
+
+// proveSessions asks the agents of sessions that have to be proven for a sign of life,
+// until ctx ends.
+func (f *Fleet) proveSessions(ctx context.Context) {
+	var asking sync.WaitGroup
+	defer asking.Wait()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-f.unproven:
+		}
+		f.mu.RLock()
+		var conns []*Conn
+		for _, a := range f.agents {
+			if a.conn != nil && a.conn.unproven {
+				conns = append(conns, a.conn)
+			}
+		}
+		f.mu.RUnlock()
+		for _, conn := range conns {
+			asking.Go(func() { f.prove(ctx, conn) })
+		}
+	}
+}
+
+// prove asks until the agent answers, or its session ends as one that is silent does.
+func (f *Fleet) prove(ctx context.Context, conn *Conn) {
+	for !alive(ctx, conn) {
+		if conn.Err() != nil || ctx.Err() != nil {
+			return
+		}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	conn.unproven = false
+	if a := f.agents[conn.Agent]; a != nil && a.conn == conn {
+		f.share(a, false)
 	}
 }
 
@@ -690,16 +745,8 @@ func (f *Fleet) Reach(ctx context.Context, r Route, tried map[string]int64) (Way
 			way = Way{Agent: a, Conn: conn}
 			return true
 		}
-		var ways []Way
-		for _, a := range r.Agents {
-			for _, held := range a.peers {
-				if rev, was := tried[held.Proxy+"/"+a.Name]; !was || rev != held.Revision {
-					ways = append(ways, Way{Agent: a, Held: held})
-				}
-			}
-		}
-		if len(ways) > 0 {
-			way = ways[rand.IntN(len(ways))]
+		if others := f.others(r, tried); len(others) > 0 {
+			way = others[rand.IntN(len(others))]
 			return true
 		}
 		a, conn := r.connected()
@@ -707,6 +754,41 @@ func (f *Fleet) Reach(ctx context.Context, r Route, tried map[string]int64) (Way
 		return conn != nil
 	})
 	return way, ok
+}
+
+// others returns the ways through other proxies, but for those of tried: through those
+// that answer, where there are such. It is called with mu held.
+func (f *Fleet) others(r Route, tried map[string]int64) (ways []Way) {
+	var silent []Way
+	for _, a := range r.Agents {
+		for _, held := range a.peers {
+			if rev, was := tried[held.Proxy+"/"+a.Name]; was && rev == held.Revision {
+				continue
+			}
+			if f.config.Shared.Silent(held.Proxy) {
+				silent = append(silent, Way{Agent: a, Held: held})
+			} else {
+				ways = append(ways, Way{Agent: a, Held: held})
+			}
+		}
+	}
+	if len(ways) == 0 {
+		return silent
+	}
+	return ways
+}
+
+// Better reports whether there is a way to an agent of the route that is not tried and
+// does not lead through the given proxy, which has fallen silent.
+func (f *Fleet) Better(r Route, tried map[string]int64, proxy string) bool {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if _, conn := r.connected(); conn != nil && !f.draining {
+		return true
+	}
+	return slices.ContainsFunc(f.others(r, tried), func(w Way) bool {
+		return w.Held.Proxy != proxy && !f.config.Shared.Silent(w.Held.Proxy)
+	})
 }
 
 // Holder is a proxy that holds a session of an agent, as the API shows it.

@@ -19,6 +19,7 @@ type others struct {
 	changed []string
 	leads   bool
 	alive   func(held fleet.Held) (bool, error)
+	silent  string // a proxy
 }
 
 func (o *others) shared() *fleet.Shared {
@@ -31,6 +32,7 @@ func (o *others) shared() *fleet.Shared {
 		},
 		Alive:   func(_ context.Context, _ string, held fleet.Held) (bool, error) { return o.alive(held) },
 		Leads:   func() bool { return o.leads },
+		Silent:  func(proxy string) bool { return proxy == o.silent },
 		Settled: func() {},
 		URL:     func(proxy string) string { return "http://" + proxy },
 	}
@@ -152,9 +154,16 @@ func TestSharedPending(t *testing.T) {
 	if c, ok := f.Pending("web"); ok {
 		t.Errorf("all is written, but %+v", c)
 	}
-	f.Unsaved() // the lease was lost
+	f.Unsaved(false) // the lease was lost
 	if c, ok = f.Pending("web"); !ok || c.Session == nil || c.Record != nil {
 		t.Errorf("the session alone has gone: %+v, %v", c, ok)
+	}
+	f.Written(c, 8, true)
+	o.take()
+	f.Unsaved(true) // and this proxy was cut off: the agent answers
+	eventually(t, "the agent's answer is to have the session written", func() bool { return slices.Equal(o.take(), []string{"web"}) })
+	if c, ok = f.Pending("web"); !ok || c.Session == nil {
+		t.Errorf("the session is proven: %+v, %v", c, ok)
 	}
 	f.Written(c, 8, true)
 	f.Lost(conn, "test")
@@ -165,6 +174,30 @@ func TestSharedPending(t *testing.T) {
 	f.Forget("web")
 	if c, ok = f.Pending("web"); !ok || !c.Delete {
 		t.Errorf("forgotten: %+v, %v", c, ok)
+	}
+}
+
+// Of the ways through other proxies those are taken that lead to one which answers.
+func TestSharedSilent(t *testing.T) {
+	t.Parallel()
+	o := &others{silent: "b"}
+	f := openShared(t, o, fleet.Config{}, fleet.Snapshot{})
+	rec := record(5, protocol.Registration{})
+	f.Apply([]fleet.Event{{Agent: "web", Record: &rec},
+		{Agent: "web", Proxy: "a", Held: &fleet.Held{Proxy: "a", Revision: 6}},
+		{Agent: "web", Proxy: "b", Held: &fleet.Held{Proxy: "b", Revision: 7}}})
+	route, _ := f.Resolve("web")
+	for range 50 {
+		if way, ok := f.Reach(t.Context(), route, nil); !ok || way.Held.Proxy != "a" {
+			t.Fatalf("got %+v, %v", way, ok)
+		}
+	}
+	tried := map[string]int64{"a/web": 6}
+	if way, ok := f.Reach(t.Context(), route, tried); !ok || way.Held.Proxy != "b" {
+		t.Errorf("one that is silent is better than none: %+v, %v", way, ok)
+	}
+	if !f.Better(route, nil, "b") || f.Better(route, tried, "b") || f.Better(route, nil, "a") {
+		t.Error("through a is better than through b, until it was tried; nothing is better than a")
 	}
 }
 

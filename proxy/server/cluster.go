@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -170,8 +171,8 @@ const peerGrace = time.Second
 
 // passOn passes a scrape on to the proxy that holds the agent. It reports whether
 // another way may be tried, and notes in ways that this one is of no use.
-func (s *Server) passOn(req *http.Request, way fleet.Way, ways *ways, left time.Duration) (resp *http.Response, again bool, err error) {
-	resp, err = s.cluster.RoundTrip(req, way.Held.Proxy, way.Agent.Name, left+peerGrace)
+func (s *Server) passOn(req *http.Request, route fleet.Route, way fleet.Way, ways *ways, left time.Duration) (resp *http.Response, again bool, err error) {
+	resp, err = s.cluster.RoundTrip(req, way.Held.Proxy, way.Agent.Name, left+peerGrace, s.better(route, way, ways))
 	refusal := s.judge(req.Context(), way, ways, resp, err)
 	switch {
 	case errors.Is(refusal, errGone):
@@ -186,6 +187,13 @@ func (s *Server) passOn(req *http.Request, way fleet.Way, ways *ways, left time.
 	cluster.ClearHeader(resp.Header)
 	resp.Trailer = nil
 	return resp, false, nil
+}
+
+// better returns what tells whether there is a better way than one through a proxy that
+// has fallen silent.
+func (s *Server) better(route fleet.Route, way fleet.Way, ways *ways) func() bool {
+	tried := maps.Clone(ways.tried) // it may be asked while the next way is taken
+	return func() bool { return s.fleet.Better(route, tried, way.Held.Proxy) }
 }
 
 var errGone = errors.New("nobody waits for the answer")
@@ -227,8 +235,8 @@ func (s *Server) judge(ctx context.Context, way fleet.Way, ways *ways, resp *htt
 
 // passOnConnect is passOn for CONNECT. Where there is a connection through the other
 // proxy, it returns that and the reader that may hold what the target has said.
-func (s *Server) passOnConnect(ctx context.Context, authority string, way fleet.Way, ways *ways, left time.Duration) (farEnd, *bufio.Reader, bool, *protocol.Refusal) {
-	conn, ahead, resp, err := s.cluster.Connect(ctx, way.Held.Proxy, way.Agent.Name, authority, left+peerGrace)
+func (s *Server) passOnConnect(ctx context.Context, authority string, route fleet.Route, way fleet.Way, ways *ways, left time.Duration) (farEnd, *bufio.Reader, bool, *protocol.Refusal) {
+	conn, ahead, resp, err := s.cluster.Connect(ctx, way.Held.Proxy, way.Agent.Name, authority, left+peerGrace, s.better(route, way, ways))
 	refused := s.judge(ctx, way, ways, resp, err)
 	switch {
 	case refused != nil:

@@ -82,7 +82,7 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request, start time.T
 		}
 		agent, conn, again, refusal = way.Agent, way.Conn, false, nil
 		if conn == nil {
-			stream, ahead, again, refusal = s.passOnConnect(ctx, r.RequestURI, way, ways, timeout-time.Since(start))
+			stream, ahead, again, refusal = s.passOnConnect(ctx, r.RequestURI, route, way, ways, timeout-time.Since(start))
 			if refusal == nil && ctx.Err() != nil {
 				refusal = s.timedOut(route, agent, timeout)
 			}

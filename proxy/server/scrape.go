@@ -140,7 +140,7 @@ func (sc *scrape) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		conn := way.Conn
 		if conn == nil {
-			resp, again, err := sc.server.passOn(req, way, sc.ways, time.Until(sc.start.Add(sc.timeout)))
+			resp, again, err := sc.server.passOn(req, sc.route, way, sc.ways, time.Until(sc.start.Add(sc.timeout)))
 			if again && harmless && req.Context().Err() == nil {
 				continue
 			}
