@@ -7,7 +7,6 @@ import (
 	"hash/maphash"
 	"math"
 	"sync"
-	"time"
 )
 
 // Jobs push the same series again and again; only the values differ. Such a push is
@@ -97,46 +96,7 @@ func (s *Store) repeat(g *group, e *edit) (*step, error) {
 	next.image = g.image.withValues(e.values, next)
 	st := &step{group: g, old: g.state, new: next, repeats: next.named == g.named && next.failed == g.failed}
 	s.install(g, next)
-	if !g.unencoded {
-		g.unencoded = true
-		s.unencoded = append(s.unencoded, g)
-	}
 	return st, nil
-}
-
-const (
-	// quiet is how long no change comes before values are encoded that nobody has read:
-	// where pushes follow each other without a break most are replaced unread.
-	quiet = 50 * time.Millisecond
-	// maxEncode bounds how many groups are encoded before it is looked for changes again.
-	maxEncode = 64
-)
-
-// encodeSome encodes the values of some groups in a quiet time, so that a scrape finds
-// its bytes ready. It returns false where there is nothing to do now.
-func (s *Store) encodeSome() bool {
-	if time.Since(s.quietSince) < quiet {
-		return false
-	}
-	s.mu.Lock()
-	n := max(len(s.unencoded)-maxEncode, 0)
-	some := s.unencoded[n:]
-	images := make([]*image, len(some))
-	for i, g := range some {
-		g.unencoded = false
-		images[i] = g.image
-	}
-	clear(some)
-	if s.unencoded = s.unencoded[:n]; n == 0 {
-		s.unencoded = nil
-	}
-	s.mu.Unlock()
-	for _, im := range images {
-		if im != nil { // the group was not deleted meanwhile
-			im.encoded()
-		}
-	}
-	return len(images) > 0
 }
 
 // withValues returns the image with the values of a body of its layout, and with what

@@ -89,8 +89,6 @@ type group struct {
 	// The place in the store's heap of deadlines, -1: none.
 	deadline      time.Time
 	deadlineIndex int
-
-	unencoded bool // it is in Store.unencoded
 }
 
 // state is what a change replaces in a group.
@@ -128,12 +126,9 @@ type Store struct {
 	batches   []*batch // that are not stored, in their order; Run is at the first
 	resting   bool     // Run waits for wake
 	closed    bool     // no more changes are taken
-	unencoded []*group // whose image keeps values that nobody has read: see encodeSome
 
 	failure atomic.Pointer[error] // of the last write, nil: it succeeded
 	probeAt time.Time             // when to try again, of Run only
-	// quietSince is when the last change was stored, of Run only.
-	quietSince time.Time
 	stats   stats
 
 	sharing
@@ -231,10 +226,6 @@ func (s *Store) Run(ctx context.Context) error {
 		}
 		s.follow()
 		if s.storeNext() {
-			s.quietSince = time.Now()
-			continue
-		}
-		if s.encodeSome() {
 			continue
 		}
 		timer.Reset(s.untilTimer())
@@ -269,9 +260,6 @@ func (s *Store) untilTimer() time.Duration {
 	defer s.mu.RUnlock()
 	if len(s.deadlines) > 0 {
 		wait = min(wait, max(s.deadlines[0].deadline.Sub(s.config.Now()), 0))
-	}
-	if len(s.unencoded) > 0 {
-		wait = min(wait, max(quiet-time.Since(s.quietSince), 0))
 	}
 	return wait
 }
