@@ -7,7 +7,6 @@ import (
 	"hash/crc32"
 	"iter"
 	"maps"
-	"math"
 	"slices"
 	"time"
 
@@ -192,16 +191,9 @@ func (r *Record) UnmarshalBinary(data []byte) error {
 // each, little-endian.
 func (r *Record) AppendRepeat(out []byte) []byte {
 	out = binary.LittleEndian.AppendUint64(out, uint64(r.state.pushed))
-	im := r.state.image
-	if repeat := im.body.Load().repeat; repeat != nil {
-		for _, n := range im.order {
-			out = binary.LittleEndian.AppendUint64(out, math.Float64bits(repeat.values[n]))
-		}
-		return out
-	}
-	for _, b := range im.blocks() {
+	for _, b := range r.state.image.blocks() {
 		if !isGenerated(b.name()) {
-			for value := range valuesOf(im.protoOf(b)) {
+			for value := range valuesOf(r.state.image.protoOf(b)) {
 				out = append(out, value...)
 			}
 		}

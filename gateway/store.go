@@ -591,9 +591,9 @@ func (s *Store) Groups() []GroupInfo {
 		if g.failed > 0 {
 			infos[i].Failed = time.Unix(0, g.failed)
 		}
-		for _, p := range g.image.parts {
-			if !isGenerated(p.name()) {
-				infos[i].Series += int(p.series)
+		for _, b := range g.image.blocks() {
+			if !isGenerated(b.name()) {
+				infos[i].Series += int(b.series)
 			}
 		}
 	}
