@@ -42,6 +42,7 @@ type flags struct {
 	maxResponseSize            units.Base2Bytes
 	maxResponseSizeSet         bool
 	maxTunnels                 int
+	processors                 int
 	maxTunnelsSet              bool
 	tls                        httpclient.TLSConfig
 	tokenFile, keyFile         string
@@ -132,6 +133,8 @@ func (f *flags) app() *kingpin.Application {
 		Default("1GiB").IsSetByUser(&f.maxResponseSizeSet).BytesVar(&f.maxResponseSize)
 	app.Flag("connect.max-concurrent", "CONNECT tunnels (https scrapes) that are open at a time, through all proxies; 0: no limit.").
 		Default("512").IsSetByUser(&f.maxTunnelsSet).IntVar(&f.maxTunnels)
+	app.Flag("runtime.gomaxprocs", "Processors that the agent uses at a time (GOMAXPROCS); the environment variable counts where the flag is not given.").
+		Default("1").Envar("GOMAXPROCS").IntVar(&f.processors)
 	app.Flag("tls.cacert", "CA certificates for proxies, https scrapes and https pushes, instead of the system's.").
 		StringVar(&f.tls.CAFile)
 	app.Flag("tls.cert", "Client certificate for proxies, https scrapes and https pushes.").
@@ -383,6 +386,9 @@ func (f *flags) load() (*settings, error) {
 	}
 	if n := c.Scrape.MaxBodySize; n != nil && !f.maxResponseSizeSet {
 		limits["scrape.max-body-size"] = int64(*n)
+	}
+	if f.processors < 1 {
+		return nil, fmt.Errorf("--runtime.gomaxprocs: %d is less than 1", f.processors)
 	}
 	for name, n := range limits {
 		switch {

@@ -110,6 +110,7 @@ func TestLoadErrors(t *testing.T) {
 		{"scrape: {max_concurrent: -1}", "", "--scrape.max-concurrent"},
 		{"scrape: {max_body_size: big}", "", `"big"`},
 		{"", "--connect.max-concurrent=-1", "--connect.max-concurrent"},
+		{"", "--runtime.gomaxprocs=0", "--runtime.gomaxprocs"},
 		{"tls_config: {ca_file: nowhere.pem}", "", "nowhere.pem"},
 		{"", "--config.file=nowhere.yml", "nowhere.yml"},
 		{"", "--allow=x", `"x"`},
