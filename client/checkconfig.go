@@ -48,6 +48,11 @@ func checkConfig(out io.Writer, flags *flags) error {
 	for _, proxy := range a.ProxyURLs() {
 		line("proxy", "%s", proxy.Redacted())
 	}
+	line("protocol", "%s", map[agent.Protocol]string{
+		agent.ProtocolAuto:     "the tunnel, and PushProx's long polling as long as a proxy knows no tunnel",
+		agent.ProtocolCulvert:  "the tunnel",
+		agent.ProtocolPushProx: "PushProx's long polling",
+	}[c.Protocol])
 	for _, r := range c.Allow {
 		ports := fmt.Sprintf("port %d", r.First)
 		switch {
@@ -144,7 +149,7 @@ func checkConfig(out io.Writer, flags *flags) error {
 		}
 	}
 	if len(c.Allow) == 0 && len(c.Targets) == 0 && c.Push.StoragePath == "" {
-		fmt.Fprintln(out, "\nNothing may be scraped but the agent itself; allow ports with --allow=9100, or name targets with --target=NAME=URL.")
+		fmt.Fprintln(out, "\nNothing may be scraped but the agent itself; allow ports with --allow=9100, or name targets with --target=NAME=URL.\n--allow=all opens every port, as PushProx's client does.")
 	}
 	return nil
 }

@@ -46,6 +46,8 @@ type flags struct {
 	maxTunnelsSet              bool
 	tls                        httpclient.TLSConfig
 	tokenFile, keyFile         string
+	protocol                   string
+	protocolSet                bool
 	initialWait, maxWait       time.Duration
 	initialWaitSet, maxWaitSet bool
 	metricsAddress             string
@@ -147,6 +149,8 @@ func (f *flags) app() *kingpin.Application {
 		StringVar(&f.keyFile)
 	app.Flag("proxy.resolve-all", "Take each address that the host of a --proxy-url has for a proxy of its own, and keep a tunnel to each. The host is looked up again every 30 s.").
 		BoolVar(&f.resolveAll)
+	app.Flag("proxy.protocol", "How the proxies are reached: \"culvert\" is the tunnel, \"pushprox\" is PushProx's long polling, and \"auto\" is the tunnel, and long polling as long as a proxy knows no tunnel.").
+		Default(string(agent.ProtocolAuto)).IsSetByUser(&f.protocolSet).EnumVar(&f.protocol, string(agent.ProtocolAuto), string(agent.ProtocolCulvert), string(agent.ProtocolPushProx))
 	app.Flag("proxy.retry.initial-wait", "Upper bound of the first wait before the agent dials again; the wait is a random part of it.").
 		Default("1s").IsSetByUser(&f.initialWaitSet).DurationVar(&f.initialWait)
 	app.Flag("proxy.retry.max-wait", "Upper bound that the waits grow to, by half each time.").
@@ -198,6 +202,7 @@ type file struct {
 	TLS              httpclient.TLSConfig `yaml:"tls_config"`
 	TokenFile        string               `yaml:"token_file"`
 	KeyFile          string               `yaml:"key_file"`
+	Protocol         agent.Protocol       `yaml:"proxy_protocol"`
 	RetryInitialWait model.Duration       `yaml:"retry_initial_wait"`
 	RetryMaxWait     model.Duration       `yaml:"retry_max_wait"`
 	MetricsAddress   *string              `yaml:"metrics_address"`
@@ -333,12 +338,16 @@ func (f *flags) load() (*settings, error) {
 		LocalHost:        cmp.Or(f.localHost, c.LocalHost),
 		TokenFile:        cmp.Or(f.tokenFile, c.TokenFile),
 		KeyFile:          cmp.Or(f.keyFile, c.KeyFile),
+		Protocol:         agent.Protocol(f.protocol),
 		RetryInitialWait: f.initialWait,
 		RetryMaxWait:     f.maxWait,
 		Logger:           promslog.New(&log),
 	}}
 	if c.MetricsAddress != nil && !f.metricsAddressSet {
 		s.MetricsAddress = *c.MetricsAddress
+	}
+	if c.Protocol != "" && !f.protocolSet {
+		s.Agent.Protocol = c.Protocol
 	}
 	if c.RetryInitialWait > 0 && !f.initialWaitSet {
 		s.Agent.RetryInitialWait = time.Duration(c.RetryInitialWait)

@@ -43,7 +43,7 @@ func doctor(ctx context.Context, out io.Writer, flags *flags) error {
 	fmt.Fprintf(out, "agent %q\n", a.Name())
 	for _, proxy := range a.ProxyURLs() {
 		fmt.Fprintf(out, "\nproxy %s\n", proxy.Redacted())
-		r.checkProxy(ctx, a, proxy, settings.Agent.TLS)
+		r.checkProxy(ctx, a, proxy, settings.Agent)
 	}
 	fmt.Fprintln(out, "\ntargets")
 	r.checkTargets(ctx, a, flags.doctorTarget)
@@ -76,7 +76,7 @@ func (r *report) fail(step string, err error, advice string) {
 }
 
 // checkProxy: DNS, proxy, TLS, upgrade or WebSocket, credentials, registration.
-func (r *report) checkProxy(ctx context.Context, a *agent.Agent, proxy *agent.ProxyURL, tlsConfig *tls.Config) {
+func (r *report) checkProxy(ctx context.Context, a *agent.Agent, proxy *agent.ProxyURL, config agent.Config) {
 	host, port := proxy.Hostname(), proxy.Port()
 	if port == "" {
 		port = map[string]string{"http": "80", "https": "443"}[proxy.Scheme]
@@ -115,14 +115,34 @@ func (r *report) checkProxy(ctx context.Context, a *agent.Agent, proxy *agent.Pr
 	}
 	r.ok("proxy", "%s takes connections", conn.RemoteAddr())
 	if proxy.Scheme == "https" {
-		if err := checkTLS(stepCtx, conn, forward != nil, net.JoinHostPort(host, port), host, tlsConfig, r); err != nil {
+		if err := checkTLS(stepCtx, conn, forward != nil, net.JoinHostPort(host, port), host, config.TLS, r); err != nil {
 			return
 		}
 	} else {
 		conn.Close()
 		r.skip("TLS", "the URL says http: nothing on this way is encrypted")
 	}
-	r.checkSession(ctx, a, proxy)
+	if config.Protocol == agent.ProtocolPushProx {
+		r.checkPolls(ctx, a, proxy)
+		return
+	}
+	r.checkSession(ctx, a, proxy, config.Protocol)
+}
+
+// checkPolls looks for a pushprox-proxy. It does not poll: that would end the poll of the
+// agent that runs here.
+func (r *report) checkPolls(ctx context.Context, a *agent.Agent, proxy *agent.ProxyURL) {
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
+	listed, err := a.ListedByPushProx(ctx, proxy)
+	switch {
+	case err != nil:
+		r.fail("polls", err, "there is no pushprox-proxy at this URL, or something in front of it hides its list of clients: check the URL and its path")
+	case listed:
+		r.ok("polls", "a pushprox-proxy, which lists this agent: it, or another of its name, polls")
+	default:
+		r.ok("polls", "a pushprox-proxy, which does not list this agent: none of its name has polled for some minutes")
+	}
 }
 
 // checkTLS does a handshake of its own, so that its errors can be told apart.
@@ -167,12 +187,23 @@ func checkTLS(ctx context.Context, conn net.Conn, forwarded bool, authority, hos
 }
 
 // checkSession: the handshake, then the registration without its effect.
-func (r *report) checkSession(ctx context.Context, a *agent.Agent, proxy *agent.ProxyURL) {
+func (r *report) checkSession(ctx context.Context, a *agent.Agent, proxy *agent.ProxyURL, protocols agent.Protocol) {
 	ctx, cancel := context.WithTimeout(ctx, 2*doctorTimeout)
 	defer cancel()
 	session, err := a.Dial(ctx, proxy)
 	if err != nil {
 		refusal, ok := protocol.AsRefusal(err)
+		if protocols == agent.ProtocolAuto && protocol.NoTunnel(err) {
+			if listed, noPolls := a.ListedByPushProx(ctx, proxy); noPolls == nil {
+				r.skip("upgrade", "the proxy knows no tunnel, as a pushprox-proxy: the agent polls until it does")
+				if !listed {
+					r.ok("polls", "it does not list this agent: none of its name has polled for some minutes")
+				} else {
+					r.ok("polls", "it lists this agent: it, or another of its name, polls")
+				}
+				return
+			}
+		}
 		switch {
 		case ok && refusal.Status == http.StatusUnauthorized, ok && refusal.Status == http.StatusForbidden:
 			r.ok("upgrade", "the request got through")

@@ -24,6 +24,12 @@ func leave(ctx context.Context, out io.Writer, flags *flags) error {
 			fmt.Fprintf(out, "%s did not know %q\n", proxy.Redacted(), a.Name())
 			continue
 		}
+		if protocol.NoTunnel(err) {
+			if _, noPolls := a.ListedByPushProx(ctx, proxy); noPolls == nil {
+				fmt.Fprintf(out, "%s is a pushprox-proxy; it forgets %q some minutes after its last poll\n", proxy.Redacted(), a.Name())
+				continue
+			}
+		}
 		if err != nil {
 			failed = append(failed, fmt.Errorf("%s: %w", proxy.Redacted(), err))
 			continue

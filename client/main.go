@@ -83,7 +83,7 @@ func run(ctx context.Context, flags *flags) error {
 	}
 	logger.Info("Starting culvert-client", "agent", a.Name(), "version", version.Info())
 	if len(settings.Agent.Allow) == 0 && len(settings.Agent.Targets) == 0 && len(settings.Agent.Textfile.Directories) == 0 && settings.Agent.Push.StoragePath == "" {
-		logger.Warn("Nothing may be scraped but the agent itself; allow ports with --allow=9100, or name targets with --target=NAME=URL")
+		logger.Warn("Nothing may be scraped but the agent itself; allow ports with --allow=9100, or name targets with --target=NAME=URL; --allow=all opens every port, as PushProx's client does")
 	}
 	if settings.Agent.Push.StoragePath != "" && len(settings.Agent.Push.ListenAddresses) == 0 {
 		logger.Info("No pushes are taken without --push.listen-address; those that are in the storage path are served and relayed", "path", settings.Agent.Push.StoragePath)

@@ -124,6 +124,21 @@ func (d *Dialer) Dial(ctx context.Context) (*Session, error) {
 	return s, nil
 }
 
+// NoTunnel reports whether a handshake failed because something that is no culvert-proxy
+// answered 404 to each try: there is no /tunnel at this URL.
+func NoTunnel(err error) bool {
+	handshake, ok := errors.AsType[*HandshakeError](err)
+	if !ok {
+		return false
+	}
+	for ; handshake != nil; handshake = handshake.Before {
+		if refusal, ok := AsRefusal(handshake.Err); !ok || refusal.Status != http.StatusNotFound || refusal.Code != "" {
+			return false
+		}
+	}
+	return true
+}
+
 // dialRaw returns a *Refusal for any answer but 101.
 func (d *Dialer) dialRaw(ctx context.Context) (*Session, error) {
 	transport, tcp := d.transport()
@@ -206,18 +221,39 @@ func (d *Dialer) tunnelURL() string {
 	return u.JoinPath(PathTunnel).String()
 }
 
+// Authorization returns the header field that a handshake has, "" for none: for requests
+// to the proxy that are not of a session. It returns the error of Token.
+func (d *Dialer) Authorization() (string, error) {
+	bearer := ""
+	if d.Token != nil {
+		var err error
+		if bearer, err = d.Token(); err != nil {
+			return "", fmt.Errorf("token: %w", err)
+		}
+	}
+	return d.authorization(bearer), nil
+}
+
+func (d *Dialer) authorization(bearer string) string {
+	if bearer != "" {
+		return "Bearer " + bearer
+	}
+	if user := d.ProxyURL.User; user != nil && d.Header.Get("Authorization") == "" {
+		password, _ := user.Password()
+		r := http.Request{Header: http.Header{}}
+		r.SetBasicAuth(user.Username(), password)
+		return r.Header.Get("Authorization")
+	}
+	return d.Header.Get("Authorization")
+}
+
 func (d *Dialer) header() http.Header {
 	h := d.Header.Clone()
 	if h == nil {
 		h = http.Header{}
 	}
-	if user := d.ProxyURL.User; user != nil && h.Get("Authorization") == "" {
-		password, _ := user.Password()
-		r := http.Request{Header: h}
-		r.SetBasicAuth(user.Username(), password)
-	}
-	if d.bearer != "" {
-		h.Set("Authorization", "Bearer "+d.bearer)
+	if authorization := d.authorization(d.bearer); authorization != "" {
+		h.Set("Authorization", authorization)
 	}
 	if d.key != "" {
 		h.Set(HeaderKey, d.key)
@@ -227,11 +263,22 @@ func (d *Dialer) header() http.Header {
 	return h
 }
 
+// Transport returns a transport that reaches the proxy as a handshake does, by HTTP/1.1:
+// for requests that are not of a session.
+func (d *Dialer) Transport() *http.Transport {
+	transport, _ := d.transport()
+	return transport
+}
+
 // transport returns a transport for one handshake, and where to find the TCP
 // connection that it dialled.
 func (d *Dialer) transport() (*http.Transport, *atomic.Pointer[net.TCPConn]) {
 	dialled := new(atomic.Pointer[net.TCPConn])
-	dialer := &net.Dialer{Timeout: 30 * time.Second}
+	dialer := &net.Dialer{
+		Timeout: 30 * time.Second,
+		// An answer may take hours, where it is to a poll.
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 5 * time.Second, Count: 3},
+	}
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
 	if d.TLS != nil {
 		config = d.TLS.Clone()

@@ -44,6 +44,8 @@ type Config struct {
 	ResolveAll bool
 	// LookupHost looks a host up for ResolveAll: net.DefaultResolver by default.
 	LookupHost func(ctx context.Context, host string) ([]netip.Addr, error)
+	// Protocol is ProtocolAuto by default.
+	Protocol Protocol
 	// Labels describe the agent in discovery, as __meta_culvert_label_NAME.
 	Labels map[string]string
 	// Targets are reached as TARGET.NAME.
@@ -140,7 +142,7 @@ type Agent struct {
 
 	scrapes, tunnels *places // those that run
 
-	refusedAddress, longResponse rarely
+	refusedAddress, refusedPort, longResponse, replacedPoll, lostPush rarely
 
 	resolveNow chan struct{} // has one after a reload
 
@@ -159,7 +161,9 @@ func New(cfg Config) (*Agent, error) {
 	rand.Read(id)
 	a := &Agent{instance: hex.EncodeToString(id), links: map[linkKey]*link{}, resolved: map[string][]netip.Addr{}, resolveNow: make(chan struct{}, 1), held: map[string]*link{}, scrapes: new(places), tunnels: new(places)}
 	logger := func() *slog.Logger { return a.current.Load().Logger }
-	a.refusedAddress.logger, a.longResponse.logger = logger, logger
+	for _, r := range []*rarely{&a.refusedAddress, &a.refusedPort, &a.longResponse, &a.replacedPoll, &a.lostPush} {
+		r.logger = logger
+	}
 	a.metrics = newMetrics(a)
 	snap, err := a.newSnapshot(cfg)
 	if err != nil {
@@ -257,7 +261,7 @@ func (a *Agent) startLinks() {
 			l.stop()
 			delete(a.links, key)
 			if key.address.IsValid() { // of names with many addresses in the course of time
-				for _, counter := range []*prometheus.CounterVec{a.metrics.connects, a.metrics.reconnects} {
+				for _, counter := range []*prometheus.CounterVec{a.metrics.connects, a.metrics.reconnects, a.metrics.polls, a.metrics.polled} {
 					counter.DeletePartialMatch(prometheus.Labels{"proxy": l.label})
 				}
 			}
@@ -401,13 +405,13 @@ func (c *closeBoth) Close() error {
 }
 
 // Connected returns the URLs of the proxies that accepted the registration and
-// are connected now, without credentials.
+// are connected now, and of those that take polls now, without credentials.
 func (a *Agent) Connected() []string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	var urls []string
 	for _, l := range a.links {
-		if l.connected.Load() {
+		if l.connected.Load() || l.polls() {
 			urls = append(urls, l.label)
 		}
 	}
@@ -435,6 +439,13 @@ func (a *Agent) newSnapshot(cfg Config) (*snapshot, error) {
 	}
 	if cfg.LocalHost == "" {
 		cfg.LocalHost = "localhost"
+	}
+	switch cfg.Protocol {
+	case "":
+		cfg.Protocol = ProtocolAuto
+	case ProtocolAuto, ProtocolCulvert, ProtocolPushProx:
+	default:
+		return nil, fmt.Errorf("protocol %q: use %s, %s or %s", cfg.Protocol, ProtocolAuto, ProtocolCulvert, ProtocolPushProx)
 	}
 	if cfg.RetryInitialWait <= 0 {
 		cfg.RetryInitialWait = time.Second

@@ -42,7 +42,9 @@ type link struct {
 	logger  func() *slog.Logger
 
 	connected atomic.Bool
-	second    atomic.Pointer[link] // has a session to the same proxy, so this link waits
+	second    atomic.Pointer[link]   // has a session to the same proxy, so this link waits
+	poller    atomic.Pointer[poller] // while there is no session, and polls are in its stead
+	polled    atomic.Bool            // a poller was of use once
 
 	wake        chan struct{} // cuts a wait short
 	registering sync.Mutex    // held during a registration in place
@@ -73,7 +75,21 @@ func (l *link) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		snap := l.agent.current.Load()
 		l.agent.update(dialer)
-		session, err := l.connect(ctx, dialer, snap)
+		var session *protocol.Session
+		var err error
+		if snap.Protocol != ProtocolPushProx {
+			session, err = l.connect(ctx, dialer, snap)
+		}
+		if snap.Protocol == ProtocolPushProx || snap.Protocol == ProtocolAuto && protocol.NoTunnel(err) {
+			before, since := err, time.Now()
+			if session, err = l.poll(ctx, dialer, snap, before); err == errStartAgain {
+				bound = 0
+				continue
+			}
+			if time.Since(since) >= stableAfter {
+				bound = 0
+			}
+		}
 		wait := time.Duration(0) // at least
 		if err == nil {
 			since := time.Now()
@@ -121,7 +137,11 @@ func (e errSameProxy) Error() string {
 func (l *link) connect(ctx context.Context, dialer *protocol.Dialer, snap *snapshot) (*protocol.Session, error) {
 	session, err := dialer.Dial(ctx)
 	if err != nil {
-		l.agent.metrics.connects.WithLabelValues(l.label, "handshake-failed").Inc()
+		result := "handshake-failed"
+		if snap.Protocol == ProtocolAuto && protocol.NoTunnel(err) {
+			result = "no-tunnel"
+		}
+		l.agent.metrics.connects.WithLabelValues(l.label, result).Inc()
 		return nil, err
 	}
 	if other := l.agent.hold(session.Proxy, l); other != nil {
@@ -174,8 +194,10 @@ func (l *link) failed(err error) time.Duration {
 		l.second.Store(same.link)
 		l.agent.pushes.Load().changed()
 	}
-	if refusal, ok := protocol.AsRefusal(err); ok && refusal.Code == "" {
-		wait = max(wait, slowly(takenWait)) // something between us answered
+	// Something between us answered. What stands in front of a proxy that was polled says so
+	// of a restart, and PushProx's clients try again soon.
+	if refusal, ok := protocol.AsRefusal(err); ok && refusal.Code == "" && !l.polled.Load() {
+		wait = max(wait, slowly(takenWait))
 	}
 	attrs := []any{"agent", l.agent.Name(), "err", err}
 	if hint != "" {
@@ -299,6 +321,12 @@ func (l *link) nudge() {
 	case l.wake <- struct{}{}:
 	default:
 	}
+}
+
+// polls reports whether the proxy takes polls now, in place of a session.
+func (l *link) polls() bool {
+	p := l.poller.Load()
+	return p != nil && p.taken.Load()
 }
 
 func (l *link) setSession(s *protocol.Session) {

@@ -19,6 +19,8 @@ type metrics struct {
 	connects   *prometheus.CounterVec
 	reconnects *prometheus.CounterVec
 	dropped    prometheus.Counter
+	polls      *prometheus.CounterVec
+	polled     *prometheus.CounterVec
 
 	// Of pushes, where they are taken.
 	relayed       *prometheus.CounterVec
@@ -52,7 +54,7 @@ func newMetrics(a *Agent) *metrics {
 		}),
 		connects: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "culvert_client_connects_total",
-			Help: "Tries to get a session, by result. Anything but ok that goes on rising means that this proxy can't be reached or refuses the agent.",
+			Help: "Tries to get a session, by result; polling means that a proxy without a tunnel took a poll in its stead, and no-tunnel that it was looked for and not found. Anything but these and ok that goes on rising means that this proxy can't be reached or refuses the agent.",
 		}, []string{"proxy", "result"}),
 		reconnects: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "culvert_client_reconnects_total",
@@ -63,6 +65,14 @@ func newMetrics(a *Agent) *metrics {
 			Help: "Series that scrapes of the agent itself left out because the agent has the same one, or the same name with another type, from another source. Those of textfiles are in culvert_client_textfile_dropped_series.",
 		}),
 	}
+	m.polls = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "culvert_client_polls_total",
+		Help: "Polls of a pushprox-proxy that have ended, by result: scrape, replaced (by another poll of the same name), failed. A steady rise of replaced means that two clients have one name; of failed, that the proxy can't be reached, or that something between ends polls.",
+	}, []string{"proxy", "result"})
+	m.polled = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "culvert_client_polled_scrapes_total",
+		Help: "Answers to scrapes that polls brought, by result of their way to the pushprox-proxy: ok, refused (most often they came too late for the scraper), failed.",
+	}, []string{"proxy", "result"})
 	m.relayed = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "culvert_client_relayed_pushes_total",
 		Help: "Pushes that left the spool for a proxy, by outcome: applied, repeated (the proxy had it from an earlier try), and what the proxy will never take, which was dropped: refused, too_large, other. A rise of refused means that jobs push what can't be taken; the log names them.",
@@ -75,7 +85,7 @@ func newMetrics(a *Agent) *metrics {
 		Name: "culvert_client_spool_requests_total",
 		Help: "Pushes and deletions for the proxies' push stores that came from this host, by status code: 202 is in the spool, 400 can't ever be taken, 503 has no room in the spool, or can't be written to it.",
 	}, []string{"code"})
-	m.registry.MustRegister(m.scrapes, m.duration, m.inFlight, m.bytes, m.connects, m.reconnects, m.dropped,
+	m.registry.MustRegister(m.scrapes, m.duration, m.inFlight, m.bytes, m.connects, m.reconnects, m.dropped, m.polls, m.polled,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "culvert_client_streams",
 			Help: "Open streams of all sessions, the pooled ones included.",
@@ -102,7 +112,9 @@ func newMetrics(a *Agent) *metrics {
 
 var (
 	connectedDesc = prometheus.NewDesc("culvert_client_connected",
-		"1 while the agent has a session to this proxy that accepted its registration, else 0.", []string{"proxy"}, nil)
+		"1 while the agent has a session to this proxy that accepted its registration, or the proxy takes its polls, else 0.", []string{"proxy"}, nil)
+	protocolDesc = prometheus.NewDesc("culvert_client_protocol_info",
+		"How the agent reaches this proxy now, where it does: culvert (the tunnel) or pushprox (long polling). The value is 1.", []string{"proxy", "protocol"}, nil)
 	rttDesc = prometheus.NewDesc("culvert_client_session_rtt_seconds",
 		"Round trip of the last ping to this proxy, through the tunnel.", []string{"proxy"}, nil)
 )
@@ -112,6 +124,7 @@ type sessionCollector struct{ agent *Agent }
 
 func (c sessionCollector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- connectedDesc
+	ch <- protocolDesc
 	ch <- rttDesc
 }
 
@@ -124,11 +137,17 @@ func (c sessionCollector) Collect(ch chan<- prometheus.Metric) {
 	c.agent.mu.Unlock()
 	for label, l := range links {
 		session := l.currentSession()
-		if session == nil {
+		polls := session == nil && l.polls()
+		if session == nil && !polls {
 			ch <- prometheus.MustNewConstMetric(connectedDesc, prometheus.GaugeValue, 0, label)
 			continue
 		}
 		ch <- prometheus.MustNewConstMetric(connectedDesc, prometheus.GaugeValue, 1, label)
+		if polls {
+			ch <- prometheus.MustNewConstMetric(protocolDesc, prometheus.GaugeValue, 1, label, string(ProtocolPushProx))
+			continue
+		}
+		ch <- prometheus.MustNewConstMetric(protocolDesc, prometheus.GaugeValue, 1, label, string(ProtocolCulvert))
 		if rtt := session.RTT(); rtt > 0 {
 			ch <- prometheus.MustNewConstMetric(rttDesc, prometheus.GaugeValue, rtt.Seconds(), label)
 		}

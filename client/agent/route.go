@@ -159,6 +159,8 @@ func (s *snapshot) allowed(name, port string) *protocol.Refusal {
 			return nil
 		}
 	}
+	s.agent.refusedPort.log("A scrape was refused: no --allow names its port", "name", name, "port", n,
+		"hint", fmt.Sprintf("start the agent with --allow=%d; --allow=all opens every port, as PushProx's client does", n))
 	return protocol.Refusef(http.StatusForbidden, protocol.CodeNotAllowed,
 		"agent %q does not allow port %d of %q; start it with --allow=%d, or name the exporter with --target=NAME=URL", s.name, n, name, n)
 }

@@ -27,6 +27,9 @@ import (
 // --connect.idle-timeout comes first.
 const connectIdle = 10 * time.Minute
 
+// schemeParameter is the query parameter by which PushProx's scrapers ask for https.
+const schemeParameter = "_scheme"
+
 // placeWait is how long a scrape waits for a place, where MaxConcurrent run already.
 const placeWait = time.Second
 
@@ -117,8 +120,15 @@ func (s *snapshot) scrape(w http.ResponseWriter, r *http.Request) (kind, outcome
 	if _, ok := s.address(name); !ok {
 		return "other", refuse(w, s.mismatch(name))
 	}
+	u := *r.URL
+	// PushProx's way to an https target: the agent makes the TLS.
+	if query := u.Query(); u.Scheme == "http" && query.Get(schemeParameter) == "https" {
+		u.Scheme = "https"
+		query.Del(schemeParameter)
+		u.RawQuery = query.Encode()
+	}
 	if port == "" {
-		port = map[string]string{"http": "80", "https": "443"}[r.URL.Scheme]
+		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
 	}
 	if refusal := s.allowed(name, port); refusal != nil {
 		return "port", refuse(w, refusal)
@@ -127,7 +137,6 @@ func (s *snapshot) scrape(w http.ResponseWriter, r *http.Request) (kind, outcome
 		return "port", s.busy(w, r)
 	}
 	defer s.agent.scrapes.give()
-	u := *r.URL
 	u.Host, u.User = net.JoinHostPort(name, port), nil
 	return "port", s.forward(w, r, s.ports, &u, nil, "port "+port+" of \""+name+"\"")
 }

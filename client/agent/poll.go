@@ -1,0 +1,741 @@
+package agent
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/http/httputil"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/culvert-io/culvert/protocol"
+)
+
+// Protocol is how the agent reaches its proxies.
+type Protocol string
+
+// Protocols of Config.
+const (
+	// ProtocolAuto is the tunnel, and PushProx's long polling as long as a proxy knows no
+	// tunnel and takes polls.
+	ProtocolAuto Protocol = "auto"
+	// ProtocolCulvert is the tunnel alone.
+	ProtocolCulvert Protocol = "culvert"
+	// ProtocolPushProx is long polling alone.
+	ProtocolPushProx Protocol = "pushprox"
+)
+
+const (
+	// heldAfter is how long a poll has to be held without an answer to count as taken: who
+	// does not know polls refuses them at once.
+	heldAfter = 2 * time.Second
+	// tunnelProbe is the mean distance of looks for the tunnel while the agent polls.
+	tunnelProbe = 30 * time.Second
+	// lastPoll is how long the waiting poll goes on when there is a tunnel in its stead:
+	// the proxy may have given a scrape to it at that very moment.
+	lastPoll = 5 * time.Second
+	// maxPollAnswer bounds the answer to a poll, a scrape request with its body.
+	maxPollAnswer = 1 << 20
+	// pollAnswerTimeout bounds the way of an answer from its first byte on.
+	pollAnswerTimeout = 10 * time.Second
+	// maxPolled bounds the scrapes of one proxy that are on their way, those that wait for
+	// a place included. With that many the agent does not ask for more.
+	maxPolled = 1024
+	// pushBuffer is how much of a response is read before its push begins. A shorter one is
+	// sent with its length, and can be replaced by an error if it breaks off.
+	pushBuffer = 64 << 10
+	// pollTimeout is the time for a scrape that names none, PushProx's default.
+	pollTimeout = 15 * time.Second
+	// maxPollTimeout is the longest time for a scrape.
+	maxPollTimeout = time.Hour
+	// pushAhead is how long before the scraper's deadline the agent gives a target up, so
+	// that the reason still arrives; a quarter of the whole time where that is less.
+	pushAhead = 250 * time.Millisecond
+	// pushLate is how long a push may go on after the scraper's deadline.
+	pushLate = 5 * time.Second
+
+	headerID      = "Id"
+	headerTimeout = "X-Prometheus-Scrape-Timeout-Seconds"
+)
+
+// brokenOff ends a response of unknown length that broke off half way. PushProx's proxy
+// passes such a response on as if it were whole; this makes it one that no parser of
+// an exposition format takes.
+const brokenOff = "\n}{ broken off\n"
+
+var (
+	// errReplaced: another poll of the name has come; PushProx's proxy answers 408.
+	errReplaced = errors.New("another poll replaced this one")
+	// errStartAgain: a reload has changed what polls depend on.
+	errStartAgain = errors.New("the configuration has changed")
+)
+
+// pollError is why polling ended.
+type pollError struct {
+	err error
+	// before is why there is no tunnel; nil where polls were taken, or are all that the
+	// agent may do.
+	before error
+}
+
+func (e *pollError) Error() string {
+	if e.before != nil {
+		return fmt.Sprintf("%v; and it takes no polls, as a pushprox-proxy would: %v", e.before, e.err)
+	}
+	return "poll: " + e.err.Error()
+}
+
+func (e *pollError) Unwrap() error {
+	if e.before != nil {
+		return e.before
+	}
+	return e.err
+}
+
+// poll serves the proxy by long polling. It returns a registered session as soon as the
+// proxy has a tunnel, where auto has it look for one; else why polling has ended. Scrapes
+// that run then go on beside, and Run waits for them.
+func (l *link) poll(ctx context.Context, dialer *protocol.Dialer, snap *snapshot, before error) (*protocol.Session, error) {
+	p, err := newPoller(l, dialer, snap)
+	if err != nil {
+		return nil, err
+	}
+	l.poller.Store(p)
+	defer l.poller.Store(nil)
+	ended := make(chan error, 1)
+	l.agent.tasks.Go(func() { ended <- p.run() })
+	defer l.agent.tasks.Go(func() { p.finish(ctx) })
+
+	type tunnel struct {
+		session *protocol.Session
+		err     error
+	}
+	var next <-chan time.Time
+	if snap.Protocol == ProtocolAuto {
+		next = time.After(slowly(tunnelProbe))
+	}
+	probeCtx, endProbe := context.WithCancel(ctx)
+	probed := make(chan tunnel, 1)
+	probing := false
+	// stopProbe waits for a look for the tunnel that goes on. It may have found one.
+	stopProbe := func() *protocol.Session {
+		endProbe()
+		if !probing {
+			return nil
+		}
+		return (<-probed).session
+	}
+	for {
+		select {
+		case err := <-ended:
+			if session := stopProbe(); session != nil {
+				return session, nil
+			}
+			if !p.taken.Load() {
+				return nil, &pollError{err, before}
+			}
+			l.lastFailure = ""
+			return nil, &pollError{err, nil}
+		case <-ctx.Done():
+			p.stop()
+			if session := stopProbe(); session != nil {
+				return session, nil // serve tells the proxy that the agent goes
+			}
+			return nil, ctx.Err()
+		case <-l.wake:
+			now := l.agent.current.Load()
+			if now.Name == snap.Name && now.Protocol == snap.Protocol && now.TokenFile == snap.TokenFile {
+				if probing {
+					continue
+				}
+				l.agent.update(dialer)
+				p.connectBy(dialer)
+				if next != nil {
+					next = time.After(0)
+				}
+				continue
+			}
+			p.retire()
+			if session := stopProbe(); session != nil {
+				return session, nil
+			}
+			return nil, errStartAgain
+		case <-next:
+			next, probing = nil, true
+			l.agent.tasks.Go(func() {
+				session, err := l.connect(probeCtx, dialer, snap)
+				probed <- tunnel{session, err}
+			})
+		case t := <-probed:
+			probing = false
+			if t.err == nil {
+				endProbe()
+				p.retire()
+				return t.session, nil
+			}
+			if refusal, ok := protocol.AsRefusal(t.err); ok && refusal.Status == http.StatusConflict {
+				endProbe()
+				p.stop() // it may be this agent's own poll that has the name
+				return nil, errStartAgain
+			}
+			l.logger().Debug("Still no tunnel", "err", t.err)
+			next = time.After(slowly(tunnelProbe))
+		}
+	}
+}
+
+// poller speaks PushProx's protocol with one proxy: POST /poll waits for a scrape
+// request, POST /push takes the response. The scrapes themselves go through the very
+// handler that serves a tunnel.
+type poller struct {
+	link   *link
+	name   string // as the operator wrote it: PushProx compares bytes
+	auto   bool
+	base   atomic.Pointer[url.URL] // of the proxy, as far as redirects of polls have told
+	auth   string
+	client atomic.Pointer[http.Client] // to the proxy
+	before []*http.Client              // of link.poll, and then of finish
+
+	server *http.Server
+	local  *http.Transport // to server, in this process
+
+	polling   context.Context // of polls
+	stop      context.CancelFunc
+	scraping  context.Context // of scrapes and pushes
+	cutOff    context.CancelFunc
+	last      atomic.Bool   // no poll after this one
+	done      chan struct{} // run has returned
+	taken     atomic.Bool   // the proxy takes polls
+	announced sync.Once
+
+	places  chan struct{} // has one value for each scrape
+	running sync.WaitGroup
+}
+
+func newPoller(l *link, dialer *protocol.Dialer, snap *snapshot) (*poller, error) {
+	auth, err := dialer.Authorization()
+	if err != nil {
+		return nil, err
+	}
+	p := &poller{link: l, name: snap.Name, auto: snap.Protocol == ProtocolAuto, auth: auth,
+		done: make(chan struct{}), places: make(chan struct{}, maxPolled)}
+	base := *l.url.URL
+	base.User = nil
+	p.base.Store(&base)
+	p.polling, p.stop = context.WithCancel(context.Background())
+	p.scraping, p.cutOff = context.WithCancel(context.Background())
+	p.connectBy(dialer)
+	listener := newPipeListener()
+	p.server = &http.Server{
+		Handler:                      &sessionHandler{agent: l.agent},
+		DisableGeneralOptionsHandler: true,
+		ErrorLog:                     slog.NewLogLogger(l.logger().Handler(), slog.LevelDebug),
+	}
+	l.agent.tasks.Go(func() { p.server.Serve(listener) })
+	p.local = &http.Transport{
+		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return listener.dial(ctx) },
+		DisableCompression:     true,
+		MaxIdleConnsPerHost:    64,
+		IdleConnTimeout:        time.Minute,
+		MaxResponseHeaderBytes: 2 * maxTargetHead,
+	}
+	return p, nil
+}
+
+// connectBy has polls and pushes from now on use connections of the dialer's TLS settings.
+func (p *poller) connectBy(dialer *protocol.Dialer) {
+	transport := dialer.Transport()
+	transport.MaxIdleConnsPerHost, transport.IdleConnTimeout = 64, 90*time.Second
+	if old := p.client.Swap(&http.Client{Transport: transport, CheckRedirect: checkRedirect}); old != nil {
+		// Its connections are those by which scrapes came that run now: behind a balancer
+		// they lead to the proxy that waits for the answers.
+		p.before = append(p.before, old)
+	}
+}
+
+// checkRedirect follows what keeps method and body, and never out of TLS.
+func checkRedirect(r *http.Request, via []*http.Request) error {
+	if r.Method != http.MethodPost || len(via) >= 5 || via[0].URL.Scheme == "https" && r.URL.Scheme != "https" {
+		return http.ErrUseLastResponse
+	}
+	return nil
+}
+
+// run polls until it fails, is stopped or retired.
+func (p *poller) run() error {
+	defer close(p.done)
+	polls := func(result string) {
+		p.link.agent.metrics.polls.WithLabelValues(p.link.label, result).Inc()
+	}
+	replaced, bound := 0, time.Duration(0)
+	for !p.last.Load() {
+		select {
+		case p.places <- struct{}{}:
+		case <-p.polling.Done():
+			return nil
+		}
+		since := time.Now()
+		scrape, err := p.ask()
+		if err == nil {
+			p.take()
+			polls("scrape")
+			replaced = 0
+			p.running.Go(func() {
+				defer func() { <-p.places }()
+				p.scrape(scrape)
+			})
+			continue
+		}
+		<-p.places
+		if p.polling.Err() != nil {
+			return nil
+		}
+		if !errors.Is(err, errReplaced) {
+			polls("failed")
+			return err
+		}
+		p.take()
+		polls("replaced")
+		// Once is nothing: the proxy may end an old poll of ours. Again and again, two
+		// clients with one name take the polls from each other.
+		if replaced++; time.Since(since) > heldAfter {
+			replaced = 0
+		}
+		if replaced <= 1 {
+			bound = 0
+			continue
+		}
+		p.link.agent.replacedPoll.log("Another client polls the proxy under this agent's name, and each ends the other's polls; stop it, or choose another --fqdn", "agent", p.name, "proxy", p.link.label)
+		snap := p.link.agent.current.Load()
+		if bound = min(bound*3/2, snap.RetryMaxWait); bound == 0 {
+			bound = snap.RetryInitialWait
+		}
+		select {
+		case <-time.After(rand.N(bound)):
+		case <-p.polling.Done():
+			return nil
+		}
+	}
+	return nil
+}
+
+// take notes that the proxy takes polls.
+func (p *poller) take() {
+	p.taken.Store(true)
+	p.announced.Do(func() {
+		l := p.link
+		l.polled.Store(true)
+		l.agent.metrics.connects.WithLabelValues(l.label, "polling").Inc()
+		attrs := []any{"agent", p.name, "protocol", ProtocolPushProx}
+		if l.agent.current.Load().Push.StoragePath != "" {
+			attrs = append(attrs, "pushes", "a pushprox-proxy takes none: those without an instance wait in the spool")
+		}
+		if p.auto {
+			l.logger().Warn("Polling: the proxy knows no tunnel, as a pushprox-proxy; the agent goes on looking for one", attrs...)
+			return
+		}
+		l.logger().Info("Polling", attrs...)
+	})
+}
+
+// retire has the waiting poll be the last one, and ends it in a while.
+func (p *poller) retire() {
+	p.last.Store(true)
+	time.AfterFunc(lastPoll, p.stop)
+}
+
+// finish waits for the last poll and for the scrapes that run, and lets go of all. When
+// ctx has ended they have ShutdownTimeout.
+func (p *poller) finish(ctx context.Context) {
+	idle := make(chan struct{})
+	p.link.agent.tasks.Go(func() {
+		<-p.done // adds to running no more
+		p.running.Wait()
+		close(idle)
+	})
+	select {
+	case <-idle:
+	case <-ctx.Done():
+		p.stop()
+		timeout := p.link.agent.current.Load().ShutdownTimeout
+		select {
+		case <-idle:
+		case <-time.After(timeout):
+			p.link.logger().Warn("Scrapes were cut off", "timeout", timeout)
+		}
+	}
+	p.stop()
+	p.cutOff()
+	<-idle
+	p.local.CloseIdleConnections()
+	for _, client := range append(p.before, p.client.Load()) {
+		client.CloseIdleConnections()
+	}
+	p.server.Close()
+}
+
+// request returns a request to the proxy.
+func (p *poller) request(ctx context.Context, path string, body io.Reader) (*http.Request, error) {
+	base := p.base.Load()
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, base.JoinPath(path).String(), body)
+	if err != nil {
+		return nil, err
+	}
+	r.Header.Set("User-Agent", "culvert-client/"+protocol.BuildVersion())
+	if p.auth != "" && base.Hostname() == p.link.url.Hostname() {
+		r.Header.Set("Authorization", p.auth)
+	}
+	return r, nil
+}
+
+// polledScrape is a scrape that a poll brought.
+type polledScrape struct {
+	*http.Request
+	client   *http.Client // that polled
+	received time.Time
+	tooLong  bool // there is more of it
+}
+
+// ask polls once. It returns the scrape, errReplaced, or why there is none.
+func (p *poller) ask() (*polledScrape, error) {
+	ctx, cancel := context.WithCancel(p.polling)
+	defer cancel()
+	held := time.AfterFunc(math.MaxInt64, func() {
+		if ctx.Err() == nil {
+			p.take()
+		}
+	})
+	defer held.Stop()
+	r, err := p.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		WroteRequest:         func(info httptrace.WroteRequestInfo) { held.Reset(heldAfter) },
+		GotFirstResponseByte: func() { held.Stop() },
+	}), "poll", strings.NewReader(p.name))
+	if err != nil {
+		return nil, err
+	}
+	client := p.client.Load()
+	resp, err := client.Do(r)
+	if err != nil {
+		var failed *url.Error
+		if errors.As(err, &failed) {
+			err = failed.Err // the whole error would have the URL, which the log names anyway
+		}
+		return nil, err
+	}
+	defer resp.Body.Close()
+	late := time.AfterFunc(pollAnswerTimeout, cancel)
+	defer late.Stop()
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxPollAnswer+1))
+	if err != nil {
+		return nil, fmt.Errorf("the answer broke off: %w", err)
+	}
+	// PushProx's client doesn't look at the status either.
+	scrape, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(answer)))
+	switch {
+	case err == nil && len(scrape.Header[headerID]) > 0:
+		if final := resp.Request.URL; final.String() != r.URL.String() && strings.HasSuffix(final.Path, "/poll") {
+			base := *final // pushes go where polls do: their bodies can't be sent twice
+			base.Path, base.RawPath = strings.TrimSuffix(final.Path, "poll"), ""
+			p.base.Store(&base)
+		}
+		return &polledScrape{scrape, client, time.Now(), len(answer) > maxPollAnswer}, nil
+	case resp.StatusCode == http.StatusRequestTimeout:
+		return nil, errReplaced
+	case resp.StatusCode/100 == 3:
+		return nil, fmt.Errorf("the proxy answered %s to %q; use that in the proxy's URL, without /poll", resp.Status, resp.Header.Get("Location"))
+	case resp.StatusCode == http.StatusUnauthorized, resp.StatusCode == http.StatusForbidden:
+		return nil, &protocol.Refusal{Status: resp.StatusCode, Code: protocol.Code(resp.Header.Get(protocol.HeaderError)), Message: "the proxy answered " + resp.Status}
+	case resp.StatusCode == http.StatusGatewayTimeout:
+		return nil, fmt.Errorf("the proxy answered %s; what stands in front of it ends polls that wait, and should let them wait for hours", resp.Status)
+	case resp.StatusCode != http.StatusOK:
+		return nil, fmt.Errorf("the proxy answered %s", resp.Status)
+	case err == nil:
+		err = errors.New("there is no Id in it")
+	}
+	return nil, fmt.Errorf("the proxy's answer is no scrape: %w", err)
+}
+
+// scrape makes a scrape, and pushes the response.
+func (p *poller) scrape(r *polledScrape) {
+	// A scraper's own Id stands in front of the proxy's.
+	ids := r.Header[headerID]
+	answer := &pushed{id: ids[len(ids)-1], deadline: r.received.Add(timeoutOf(r.Header))}
+	left := time.Until(answer.deadline)
+	ctx, cancel := context.WithDeadline(p.scraping, answer.deadline.Add(-min(pushAhead, left/4)))
+	defer cancel()
+	resp, refusal := p.ownAnswer(ctx, r)
+	if refusal == nil {
+		defer resp.Body.Close()
+		// A response that ends here is pushed with its length. If it breaks off here, there
+		// is still a way to say so.
+		var begin bytes.Buffer
+		_, err := io.CopyN(&begin, resp.Body, pushBuffer)
+		answer.resp, answer.begin, answer.whole = resp, begin.Bytes(), err == io.EOF
+		if err != nil && err != io.EOF {
+			refusal = p.broken(ctx, err)
+		}
+	}
+	if refusal != nil {
+		answer.refuse(refusal)
+	}
+	p.push(r.client, answer)
+}
+
+// ownAnswer asks the agent as the tunnel would.
+func (p *poller) ownAnswer(ctx context.Context, r *polledScrape) (*http.Response, *protocol.Refusal) {
+	switch {
+	case r.Method == http.MethodConnect:
+		return nil, protocol.Refusef(http.StatusBadRequest, protocol.CodeBadRequest,
+			"CONNECT can't go through a pushprox-proxy; scrape %q with scheme http and the parameter _scheme=https", r.RequestURI)
+	case !r.URL.IsAbs():
+		return nil, protocol.Refusef(http.StatusBadRequest, protocol.CodeBadRequest, "%q is no URL with scheme and host", r.RequestURI)
+	case r.tooLong:
+		return nil, protocol.Refusef(http.StatusRequestEntityTooLarge, protocol.CodeBadRequest, "the scrape request has more than %d bytes", maxPollAnswer)
+	}
+	out := r.Clone(ctx)
+	out.URL, out.RequestURI, out.Close = &url.URL{Scheme: "http", Host: "agent", Opaque: r.RequestURI}, "", false
+	for _, value := range r.Header["Connection"] {
+		for name := range strings.SplitSeq(value, ",") {
+			out.Header.Del(strings.TrimSpace(name))
+		}
+	}
+	for _, name := range []string{headerID, "Connection", "Keep-Alive", "Expect", "Te", "Trailer", "Upgrade"} {
+		out.Header.Del(name)
+	}
+	resp, err := p.local.RoundTrip(out)
+	if err != nil {
+		return nil, p.broken(ctx, err)
+	}
+	return resp, nil
+}
+
+// broken is the refusal for a scrape that brought no whole response.
+func (p *poller) broken(ctx context.Context, err error) *protocol.Refusal {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return protocol.Refusef(http.StatusGatewayTimeout, protocol.CodeTimeout, "agent %q: the target did not answer within the scrape's timeout", p.name)
+	}
+	if ctx.Err() != nil {
+		return protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeDraining, "agent %q goes away", p.name)
+	}
+	return protocol.Refusef(http.StatusBadGateway, protocol.CodeBadResponse, "agent %q: the target's response broke off: %v", p.name, err)
+}
+
+// timeoutOf returns the time that a scrape may take. PushProx's proxy relays the number,
+// and adds none.
+func timeoutOf(h http.Header) time.Duration {
+	seconds, err := strconv.ParseFloat(strings.TrimSpace(h.Get(headerTimeout)), 64)
+	switch {
+	case err != nil && !errors.Is(err, strconv.ErrRange), math.IsNaN(seconds):
+		return pollTimeout
+	case seconds >= maxPollTimeout.Seconds():
+		return maxPollTimeout
+	}
+	return max(0, time.Duration(seconds*float64(time.Second)))
+}
+
+// pushed is a response on its way to the scraper.
+type pushed struct {
+	id       string
+	deadline time.Time // of the scraper
+	resp     *http.Response
+	begin    []byte // of the body
+	whole    bool   // begin is all of it
+}
+
+// refuse makes the response the agent's own.
+func (a *pushed) refuse(refusal *protocol.Refusal) {
+	h := http.Header{}
+	refusal.SetHeader(h)
+	a.begin, a.whole = []byte(refusal.Message+"\n"), true
+	a.resp = &http.Response{StatusCode: refusal.Status, Header: h, ContentLength: int64(len(a.begin))}
+}
+
+// head returns the response's head as it stands in the push, and whether its body is
+// chunked there.
+func (a *pushed) head() (head []byte, chunked bool) {
+	h := a.resp.Header.Clone()
+	for _, name := range []string{"Connection", "Content-Length", "Transfer-Encoding", "Trailer"} {
+		h.Del(name)
+	}
+	h.Set(headerID, a.id)
+	// How long the proxy holds a push that no scrape waits for any more.
+	h.Set(headerTimeout, strconv.FormatFloat(max(time.Until(a.deadline).Seconds(), 0.001), 'f', 6, 64))
+	status, length := a.resp.StatusCode, a.resp.ContentLength
+	if length < 0 && a.whole {
+		length = int64(len(a.begin))
+	}
+	bodiless := status == http.StatusNoContent || status == http.StatusNotModified
+	switch {
+	case bodiless:
+	case length >= 0:
+		h.Set("Content-Length", strconv.FormatInt(length, 10))
+	default:
+		chunked = true
+		h.Set("Transfer-Encoding", "chunked")
+	}
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "HTTP/1.1 %d %s\r\n", status, http.StatusText(status))
+	h.Write(&b)
+	b.WriteString("\r\n")
+	return b.Bytes(), chunked
+}
+
+// push sends a response to the proxy.
+func (p *poller) push(client *http.Client, a *pushed) {
+	ctx, cancel := context.WithDeadline(p.scraping, time.Now().Add(max(time.Until(a.deadline), 0)+pushLate))
+	defer cancel()
+	head, chunked := a.head()
+	var body io.Reader = bytes.NewReader(append(head, a.begin...))
+	if !a.whole {
+		// Where its length is known, a body that breaks off is short in a push that is
+		// whole: the proxy cuts the scraper's connection then.
+		body = io.MultiReader(bytes.NewReader(head), bytes.NewReader(a.begin), untilBreak{a.resp.Body})
+		if chunked {
+			from, to := io.Pipe()
+			written := make(chan struct{})
+			go func() {
+				defer close(written)
+				to.Write(head)
+				w := httputil.NewChunkedWriter(to)
+				w.Write(a.begin)
+				buffer := protocol.Buffers.Get()
+				_, err := io.CopyBuffer(w, struct{ io.Reader }{a.resp.Body}, buffer)
+				protocol.Buffers.Put(buffer)
+				if err == nil {
+					w.Close()
+					io.WriteString(to, "\r\n")
+				} else {
+					io.WriteString(w, brokenOff)
+				}
+				to.Close()
+			}()
+			defer func() {
+				from.Close()
+				a.resp.Body.Close()
+				<-written
+			}()
+			body = from
+		}
+	}
+	result := "ok"
+	r, err := p.request(ctx, "push", body)
+	if err == nil {
+		var resp *http.Response
+		if resp, err = client.Do(r); err == nil {
+			text, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+			resp.Body.Close()
+			if resp.StatusCode/100 != 2 {
+				result, err = "refused", fmt.Errorf("the proxy answered %s: %.200s", resp.Status, bytes.TrimSpace(text))
+			}
+		} else {
+			result = "failed"
+		}
+	}
+	if err != nil {
+		p.link.agent.lostPush.log("The proxy did not take the answer to a scrape", "proxy", p.link.label, "status", a.resp.StatusCode, "err", err)
+	}
+	p.link.agent.metrics.polled.WithLabelValues(p.link.label, result).Inc()
+}
+
+// untilBreak ends in good order where what it reads breaks off.
+type untilBreak struct{ io.Reader }
+
+func (r untilBreak) Read(b []byte) (int, error) {
+	n, err := r.Reader.Read(b)
+	if err != nil {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// pipeListener is a listener of connections inside this process.
+type pipeListener struct {
+	conns  chan net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func newPipeListener() *pipeListener {
+	return &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+}
+
+func (l *pipeListener) dial(ctx context.Context) (net.Conn, error) {
+	near, far := net.Pipe()
+	select {
+	case l.conns <- far:
+		return near, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// Accept waits for the next dial.
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error   { l.once.Do(func() { close(l.closed) }); return nil }
+func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{} }
+
+// ListedByPushProx tells whether a pushprox-proxy lists the agent among its clients, for
+// diagnosis: it does for some minutes after a poll. It returns an error where the proxy's
+// list is none of a pushprox-proxy.
+func (a *Agent) ListedByPushProx(ctx context.Context, proxy *ProxyURL) (bool, error) {
+	dialer := a.dialer(proxy)
+	auth, err := dialer.Authorization()
+	if err != nil {
+		return false, err
+	}
+	base := *proxy.URL
+	base.User = nil
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, base.JoinPath("clients").String(), nil)
+	if err != nil {
+		return false, err
+	}
+	if auth != "" {
+		r.Header.Set("Authorization", auth)
+	}
+	transport := dialer.Transport()
+	defer transport.CloseIdleConnections()
+	resp, err := transport.RoundTrip(r)
+	if err != nil {
+		return false, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return false, fmt.Errorf("GET %s: %s", r.URL.Path, resp.Status)
+	}
+	var groups []struct{ Targets []string }
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 64<<20)).Decode(&groups); err != nil {
+		return false, fmt.Errorf("GET %s: the answer is no list of clients: %w", r.URL.Path, err)
+	}
+	name := a.current.Load().Config.Name
+	for _, group := range groups {
+		if slices.Contains(group.Targets, name) {
+			return true, nil
+		}
+	}
+	return false, nil
+}
