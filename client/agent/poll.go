@@ -209,7 +209,7 @@ type poller struct {
 	base   atomic.Pointer[url.URL] // of the proxy, as far as redirects of polls have told
 	auth   string
 	client atomic.Pointer[http.Client] // to the proxy
-	before []*http.Client              // of link.poll, and then of finish
+	older  []*http.Client              // of link.poll, and then of finish
 
 	server *http.Server
 	local  *http.Transport // to server, in this process
@@ -264,7 +264,7 @@ func (p *poller) connectBy(dialer *protocol.Dialer) {
 	if old := p.client.Swap(&http.Client{Transport: transport, CheckRedirect: checkRedirect}); old != nil {
 		// Its connections are those by which scrapes came that run now: behind a balancer
 		// they lead to the proxy that waits for the answers.
-		p.before = append(p.before, old)
+		p.older = append(p.older, old)
 	}
 }
 
@@ -383,7 +383,7 @@ func (p *poller) finish(ctx context.Context) {
 	p.cutOff()
 	<-idle
 	p.local.CloseIdleConnections()
-	for _, client := range append(p.before, p.client.Load()) {
+	for _, client := range append(p.older, p.client.Load()) {
 		client.CloseIdleConnections()
 	}
 	p.server.Close()
@@ -458,8 +458,14 @@ func (p *poller) ask() (*polledScrape, error) {
 		return nil, errReplaced
 	case resp.StatusCode/100 == 3:
 		return nil, fmt.Errorf("the proxy answered %s to %q; use that in the proxy's URL, without /poll", resp.Status, resp.Header.Get("Location"))
+	case resp.Header.Get(protocol.HeaderError) != "": // a culvert-proxy, whose answers to polls have no body
+		seconds, _ := strconv.ParseUint(resp.Header.Get("Retry-After"), 10, 12)
+		return nil, &protocol.Refusal{
+			Status: resp.StatusCode, Code: protocol.Code(resp.Header.Get(protocol.HeaderError)),
+			Message: resp.Header.Get(protocol.HeaderMessage), RetryAfter: time.Duration(seconds) * time.Second,
+		}
 	case resp.StatusCode == http.StatusUnauthorized, resp.StatusCode == http.StatusForbidden:
-		return nil, &protocol.Refusal{Status: resp.StatusCode, Code: protocol.Code(resp.Header.Get(protocol.HeaderError)), Message: "the proxy answered " + resp.Status}
+		return nil, &protocol.Refusal{Status: resp.StatusCode, Message: "the proxy answered " + resp.Status}
 	case resp.StatusCode == http.StatusGatewayTimeout:
 		return nil, fmt.Errorf("the proxy answered %s; what stands in front of it ends polls that wait, and should let them wait for hours", resp.Status)
 	case resp.StatusCode != http.StatusOK:

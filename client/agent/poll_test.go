@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
 	"net/url"
 	"regexp"
 	"strconv"
@@ -246,6 +247,7 @@ func TestPollFailures(t *testing.T) {
 		"HTTP/1.1 200 OK\r\nContent-Length: 500\r\nConnection: close\r\n\r\nGET http://web-1/ HTTP/1.1\r\n",
 		"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 4\r\n\r\nbad\n",
 		"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: http://127.0.0.1:1/poll\r\n\r\n",
+		"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nCulvert-Error: draining\r\nCulvert-Message: this proxy is going away\r\n\r\n",
 		"\x16\x03\x01 no HTTP\r\n\r\n",
 		"cut",
 		framed("GET http://web-1/ HTTP/1.1\r\nHost: x\r\n\r\n"), // no Id
@@ -270,6 +272,7 @@ func TestPollFailures(t *testing.T) {
 			a.logs.wait(t, "did not take the answer", "too late")
 		}
 	}
+	a.logs.wait(t, "Not connected", "this proxy is going away")
 	poll := received(t, moved.polls, "the poll that was redirected")
 	if !strings.HasPrefix(poll.head, "POST /moved/poll") || poll.body != "Web-1.Example.NET" {
 		t.Errorf("redirected to\n%s%s", poll.head, poll.body)
@@ -638,4 +641,29 @@ func newSwitchFront(t *testing.T, to string) *switchFront {
 		tasks.Wait()
 	})
 	return f
+}
+
+// TestPollingEnvironmentProxy: HTTP_PROXY is for polls and pushes. The name
+// pushprox.invalid is known to the forward proxy alone.
+func TestPollingEnvironmentProxy(t *testing.T) {
+	t.Parallel()
+	p := newPushProx(t, "127.0.0.1:0")
+	_, port := newTarget(t, nil)
+	transport := &http.Transport{}
+	var others sync.Map // hosts that were asked for besides
+	forward := httptest.NewServer(&httputil.ReverseProxy{Transport: transport, Rewrite: func(pr *httputil.ProxyRequest) {
+		if pr.In.URL.Host != "pushprox.invalid" {
+			others.Store(pr.In.URL.Host, true)
+		}
+		pr.Out.URL.Host = p.addr
+	}})
+	t.Cleanup(func() { forward.CloseClientConnections(); forward.Close(); transport.CloseIdleConnections() })
+	logs := startChild(t, "TEST_PROXY_URL=http://pushprox.invalid", "HTTP_PROXY="+forward.URL, "http_proxy=", "NO_PROXY=", "no_proxy=")
+	logs.wait(t, "Polling", "pushprox.invalid")
+	for range 3 {
+		if code, body, err := getThrough(p.addr, "http://web-1:"+port+"/metrics", "5"); err != nil || code != 200 || body != "up 1\n" {
+			t.Errorf("%d %q %v", code, body, err)
+		}
+	}
+	others.Range(func(host, _ any) bool { t.Errorf("the forward proxy was asked for %v", host); return true })
 }
