@@ -181,7 +181,10 @@ func (l *link) failed(err error) time.Duration {
 		case http.StatusBadRequest, http.StatusUpgradeRequired, http.StatusRequestEntityTooLarge:
 			wait = slowly(slowWait)
 		case http.StatusConflict:
-			wait, hint = slowly(takenWait), "choose another --fqdn, or stop the other agent"
+			hint = "choose another --fqdn, or stop the other agent"
+			if !l.polled.Load() { // the proxy may have yet to see that this agent's poll is gone
+				wait = slowly(takenWait)
+			}
 		case http.StatusTooManyRequests, http.StatusServiceUnavailable:
 			if refusal.RetryAfter > 0 {
 				wait = refusal.RetryAfter + rand.N(refusal.RetryAfter/2+time.Second)
@@ -194,9 +197,9 @@ func (l *link) failed(err error) time.Duration {
 		l.second.Store(same.link)
 		l.agent.pushes.Load().changed()
 	}
-	// Something between us answered. What stands in front of a proxy that was polled says so
-	// of a restart, and PushProx's clients try again soon.
-	if refusal, ok := protocol.AsRefusal(err); ok && refusal.Code == "" && !l.polled.Load() {
+	// Something between us answered. Where that is for a pushprox-proxy that restarts, its
+	// clients try again soon.
+	if refusal, ok := protocol.AsRefusal(err); ok && refusal.Code == "" && !(l.polled.Load() && refusal.Status >= 500) {
 		wait = max(wait, slowly(takenWait))
 	}
 	attrs := []any{"agent", l.agent.Name(), "err", err}

@@ -116,7 +116,12 @@ func (l *link) poll(ctx context.Context, dialer *protocol.Dialer, snap *snapshot
 		return nil, err
 	}
 	l.poller.Store(p)
-	defer l.poller.Store(nil)
+	defer func() {
+		l.poller.Store(nil)
+		if p.taken.Load() {
+			l.lastFailure = "" // whatever comes now is news
+		}
+	}()
 	ended := make(chan error, 1)
 	l.agent.tasks.Go(func() { ended <- p.run() })
 	defer l.agent.tasks.Go(func() { p.finish(ctx) })
@@ -149,7 +154,6 @@ func (l *link) poll(ctx context.Context, dialer *protocol.Dialer, snap *snapshot
 			if !p.taken.Load() {
 				return nil, &pollError{err, before}
 			}
-			l.lastFailure = ""
 			return nil, &pollError{err, nil}
 		case <-ctx.Done():
 			p.stop()
@@ -170,7 +174,11 @@ func (l *link) poll(ctx context.Context, dialer *protocol.Dialer, snap *snapshot
 				}
 				continue
 			}
-			p.retire()
+			if now.Protocol == snap.Protocol || now.Protocol == ProtocolPushProx {
+				p.retire()
+			} else {
+				p.stop() // at a culvert-proxy, the poll has the name that the tunnel asks for
+			}
 			if session := stopProbe(); session != nil {
 				return session, nil
 			}

@@ -667,3 +667,40 @@ func TestPollingEnvironmentProxy(t *testing.T) {
 	}
 	others.Range(func(host, _ any) bool { t.Errorf("the forward proxy was asked for %v", host); return true })
 }
+
+// TestPollingReload: a reload changes protocol and name of an agent that polls.
+func TestPollingReload(t *testing.T) {
+	t.Parallel()
+	p := newPushProx(t, "127.0.0.1:0")
+	_, port := newTarget(t, nil)
+	n, _ := strconv.ParseUint(port, 10, 16)
+	a := startAgent(t, nil, func(c *agent.Config) {
+		c.ProxyURLs, c.Protocol = []string{"http://" + p.addr}, agent.ProtocolCulvert
+		c.Allow = []agent.PortRange{{First: uint16(n), Last: uint16(n)}}
+	})
+	a.logs.wait(t, "Not connected", "404")
+	reload := func(name string, protocol agent.Protocol) {
+		t.Helper()
+		if err := a.Reload(a.config(func(c *agent.Config) { c.Name, c.Protocol = name, protocol })); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := func(name string) {
+		t.Helper()
+		if code, body, err := getThrough(p.addr, "http://"+name+":"+port+"/metrics", "5"); err != nil || code != 200 {
+			t.Errorf("%s: %d %q %v", name, code, body, err)
+		}
+	}
+	reload("web-1", agent.ProtocolAuto)
+	a.logs.wait(t, "Polling", "agent=web-1")
+	want("web-1")
+	reload("web-2", agent.ProtocolAuto)
+	want("web-2")
+	reload("web-2", agent.ProtocolPushProx)
+	want("web-2")
+	reload("web-2", agent.ProtocolCulvert)
+	a.logs.waitN(t, 2, "Not connected", "404")
+	if got := a.Connected(); len(got) != 0 {
+		t.Errorf("connected to %v", got)
+	}
+}
