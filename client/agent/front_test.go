@@ -75,7 +75,7 @@ func strip(but string) func(http.ResponseWriter, *http.Request) bool {
 // it tries, and that it is in no hurry where only a person can help.
 func TestAnswers(t *testing.T) {
 	t.Parallel()
-	const both, raw = "culvert/1 websocket", "culvert/1"
+	const both, raw = "culvert/1 websocket", "culvert/1" // a poll asks for no upgrade: ""
 	ours := func(status int, code protocol.Code, message string) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) { protocol.Refusef(status, code, "%s", message).Write(w) }
 	}
@@ -103,7 +103,7 @@ func TestAnswers(t *testing.T) {
 		{"426 of ours", ours(426, protocol.CodeVersion, "this proxy speaks culvert/1, not culvert/9"), raw, []string{"culvert/9"}},
 		{"401 of a front", html(401), both, []string{"nginx/1.27", "401", "credentials"}},
 		{"403 of a front", html(403), both, []string{"nginx/1.27", "403", "credentials"}},
-		{"404 of a front", html(404), both, []string{"nginx/1.27", "404", "culvert-proxy at this URL"}},
+		{"404 of a front", html(404), both + " ", []string{"nginx/1.27", "404", "culvert-proxy at this URL"}},
 		{"502 of a front", html(502), both, []string{"nginx/1.27", "502"}},
 		{"503 of a front", html(503), both, []string{"nginx/1.27", "503"}},
 		{"504 of a front", html(504), both, []string{"nginx/1.27", "504"}},

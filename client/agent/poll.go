@@ -95,7 +95,7 @@ type pollError struct {
 
 func (e *pollError) Error() string {
 	if e.before != nil {
-		return fmt.Sprintf("%v; and it takes no polls, as a pushprox-proxy would: %v", e.before, e.err)
+		return fmt.Sprintf("%v; nor is it a pushprox-proxy: poll: %v", e.before, e.err)
 	}
 	return "poll: " + e.err.Error()
 }

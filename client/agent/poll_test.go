@@ -447,7 +447,7 @@ func TestNoPolling(t *testing.T) {
 				t.Errorf("%d polls, %d times they were taken, connected to %v", polls.Load(), n, a.Connected())
 			}
 			if test.polls {
-				a.logs.wait(t, "it takes no polls")
+				a.logs.wait(t, "nor is it a pushprox-proxy")
 			}
 		})
 	}
@@ -503,7 +503,7 @@ func TestPushProxUpgrade(t *testing.T) {
 			s := scrape{start: time.Now()}
 			var code int
 			var body string
-			if code, body, s.err = getThrough(address, "http://web-1:"+port+"/metrics", "2"); s.err == nil && (code != 200 || body != "up 1\n") {
+			if code, body, s.err = getThrough(address, "http://web-1:"+port+"/metrics", "5"); s.err == nil && (code != 200 || body != "up 1\n") {
 				s.err = fmt.Errorf("%d %q", code, body)
 			}
 			s.end = time.Now()
