@@ -480,6 +480,8 @@ func (p *poller) ask() (*polledScrape, error) {
 		return nil, fmt.Errorf("the proxy answered %s", resp.Status)
 	case err == nil:
 		err = errors.New("there is no Id in it")
+	case len(answer) == 0:
+		return nil, errors.New("the proxy ended the poll without a scrape")
 	}
 	return nil, fmt.Errorf("the proxy's answer is no scrape: %w", err)
 }
@@ -506,6 +508,9 @@ func (p *poller) scrape(r *polledScrape) {
 	}
 	if refusal != nil {
 		answer.refuse(refusal)
+		if r.Method == http.MethodHead {
+			answer.begin = nil
+		}
 	}
 	p.push(r.client, answer)
 }
