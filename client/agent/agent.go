@@ -352,16 +352,16 @@ func (a *Agent) Scrape(ctx context.Context, target string) (*http.Response, erro
 	if err != nil {
 		return nil, err
 	}
-	near, far := net.Pipe()
+	listener := newPipeListener()
 	server := &http.Server{Handler: &sessionHandler{agent: a}}
-	go server.Serve(&oneConn{conn: far, closed: make(chan struct{})})
+	go server.Serve(listener)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent", nil)
 	if err != nil {
 		return nil, err
 	}
 	req.URL.Opaque, req.Host = target, u.Host
 	resp, err := (&http.Transport{
-		DialContext:        func(context.Context, string, string) (net.Conn, error) { return near, nil },
+		DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return listener.dial(ctx) },
 		DisableKeepAlives:  true,
 		DisableCompression: true,
 	}).RoundTrip(req)
@@ -372,25 +372,6 @@ func (a *Agent) Scrape(ctx context.Context, target string) (*http.Response, erro
 	resp.Body = &closeBoth{resp.Body, server}
 	return resp, nil
 }
-
-// oneConn is a listener that has one connection.
-type oneConn struct {
-	conn   net.Conn
-	once   sync.Once
-	closed chan struct{}
-}
-
-func (l *oneConn) Accept() (net.Conn, error) {
-	if c := l.conn; c != nil {
-		l.conn = nil
-		return c, nil
-	}
-	<-l.closed
-	return nil, net.ErrClosed
-}
-
-func (l *oneConn) Close() error   { l.once.Do(func() { close(l.closed) }); return nil }
-func (l *oneConn) Addr() net.Addr { return &net.UnixAddr{} }
 
 // closeBoth ends the server with the body.
 type closeBoth struct {
