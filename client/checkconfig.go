@@ -49,7 +49,7 @@ func checkConfig(out io.Writer, flags *flags) error {
 		line("proxy", "%s", proxy.Redacted())
 	}
 	line("protocol", "%s", map[agent.Protocol]string{
-		agent.ProtocolAuto:     "the tunnel, and PushProx's long polling as long as a proxy knows no tunnel",
+		agent.ProtocolAuto:     "the tunnel, and PushProx's long polling as long as a proxy knows no tunnel, or none gets through to it",
 		agent.ProtocolCulvert:  "the tunnel",
 		agent.ProtocolPushProx: "PushProx's long polling",
 	}[c.Protocol])

@@ -149,7 +149,7 @@ func (f *flags) app() *kingpin.Application {
 		StringVar(&f.keyFile)
 	app.Flag("proxy.resolve-all", "Take each address that the host of a --proxy-url has for a proxy of its own, and keep a tunnel to each. The host is looked up again every 30 s.").
 		BoolVar(&f.resolveAll)
-	app.Flag("proxy.protocol", "How the proxies are reached: \"culvert\" is the tunnel, \"pushprox\" is PushProx's long polling, and \"auto\" is the tunnel, and long polling as long as a proxy knows no tunnel.").
+	app.Flag("proxy.protocol", "How the proxies are reached: \"culvert\" is the tunnel, \"pushprox\" is PushProx's long polling, and \"auto\" is the tunnel, and long polling as long as a proxy knows no tunnel, or none gets through to it.").
 		Default(string(agent.ProtocolAuto)).IsSetByUser(&f.protocolSet).EnumVar(&f.protocol, string(agent.ProtocolAuto), string(agent.ProtocolCulvert), string(agent.ProtocolPushProx))
 	app.Flag("proxy.retry.initial-wait", "Upper bound of the first wait before the agent dials again; the wait is a random part of it.").
 		Default("1s").IsSetByUser(&f.initialWaitSet).DurationVar(&f.initialWait)

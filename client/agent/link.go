@@ -80,7 +80,7 @@ func (l *link) run(ctx context.Context) {
 		if snap.Protocol != ProtocolPushProx {
 			session, err = l.connect(ctx, dialer, snap)
 		}
-		if snap.Protocol == ProtocolPushProx || snap.Protocol == ProtocolAuto && protocol.NoTunnel(err) {
+		if snap.Protocol == ProtocolPushProx || snap.Protocol == ProtocolAuto && wantsPolls(err) {
 			before, since := err, time.Now()
 			if session, err = l.poll(ctx, dialer, snap, before); err == errStartAgain {
 				bound = 0
@@ -138,7 +138,7 @@ func (l *link) connect(ctx context.Context, dialer *protocol.Dialer, snap *snaps
 	session, err := dialer.Dial(ctx)
 	if err != nil {
 		result := "handshake-failed"
-		if snap.Protocol == ProtocolAuto && protocol.NoTunnel(err) {
+		if snap.Protocol == ProtocolAuto && wantsPolls(err) {
 			result = "no-tunnel"
 		}
 		l.agent.metrics.connects.WithLabelValues(l.label, result).Inc()

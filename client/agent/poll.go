@@ -30,8 +30,8 @@ type Protocol string
 
 // Protocols of Config.
 const (
-	// ProtocolAuto is the tunnel, and PushProx's long polling as long as a proxy knows no
-	// tunnel and takes polls.
+	// ProtocolAuto is the tunnel, and PushProx's long polling as long as a proxy takes polls
+	// and knows no tunnel, or what is in front of it lets none through.
 	ProtocolAuto Protocol = "auto"
 	// ProtocolCulvert is the tunnel alone.
 	ProtocolCulvert Protocol = "culvert"
@@ -74,7 +74,7 @@ type pollError struct {
 
 func (e *pollError) Error() string {
 	if e.before != nil {
-		return fmt.Sprintf("%v; nor is it a pushprox-proxy: poll: %v", e.before, e.err)
+		return fmt.Sprintf("%v; nor does it take polls: %v", e.before, e.err)
 	}
 	return "poll: " + e.err.Error()
 }
@@ -86,11 +86,18 @@ func (e *pollError) Unwrap() error {
 	return e.err
 }
 
+// wantsPolls reports whether a handshake failed as it does where there is a pushprox-proxy,
+// or a culvert-proxy behind what was made for one and passes no upgrade on.
+func wantsPolls(err error) bool {
+	refusal, ok := protocol.AsRefusal(err)
+	return protocol.NoTunnel(err) || ok && refusal.Code == protocol.CodeNoUpgrade
+}
+
 // poll serves the proxy by long polling. It returns a registered session as soon as the
 // proxy has a tunnel, where auto has it look for one; else why polling has ended. Scrapes
 // that run then go on beside, and Run waits for them.
 func (l *link) poll(ctx context.Context, dialer *protocol.Dialer, snap *snapshot, before error) (*protocol.Session, error) {
-	p, err := newPoller(l, dialer, snap)
+	p, err := newPoller(l, dialer, snap, before)
 	if err != nil {
 		return nil, err
 	}
@@ -191,8 +198,8 @@ func (l *link) poll(ctx context.Context, dialer *protocol.Dialer, snap *snapshot
 // handler that serves a tunnel.
 type poller struct {
 	link   *link
-	name   string // as the operator wrote it: PushProx compares bytes
-	auto   bool
+	name   string                  // as the operator wrote it: PushProx compares bytes
+	before error                   // why there is no tunnel, where one is looked for
 	base   atomic.Pointer[url.URL] // of the proxy, as far as redirects of polls have told
 	auth   string
 	client atomic.Pointer[http.Client] // to the proxy
@@ -214,12 +221,12 @@ type poller struct {
 	running sync.WaitGroup
 }
 
-func newPoller(l *link, dialer *protocol.Dialer, snap *snapshot) (*poller, error) {
+func newPoller(l *link, dialer *protocol.Dialer, snap *snapshot, before error) (*poller, error) {
 	auth, err := dialer.Authorization()
 	if err != nil {
 		return nil, err
 	}
-	p := &poller{link: l, name: snap.Name, auto: snap.Protocol == ProtocolAuto, auth: auth,
+	p := &poller{link: l, name: snap.Name, before: before, auth: auth,
 		done: make(chan struct{}), places: make(chan struct{}, maxPolled)}
 	base := *l.url.URL
 	base.User = nil
@@ -332,8 +339,8 @@ func (p *poller) take() {
 		if l.agent.current.Load().Push.StoragePath != "" {
 			attrs = append(attrs, "pushes", "a pushprox-proxy takes none: those without an instance wait in the spool")
 		}
-		if p.auto {
-			l.logger().Warn("Polling: the proxy knows no tunnel, as a pushprox-proxy; the agent goes on looking for one", attrs...)
+		if p.before != nil {
+			l.logger().Warn("Polling, as PushProx's client does, for want of a tunnel; the agent goes on looking for one", append(attrs, "err", p.before)...)
 			return
 		}
 		l.logger().Info("Polling", attrs...)

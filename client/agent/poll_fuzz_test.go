@@ -40,7 +40,7 @@ func FuzzPolled(f *testing.F) {
 		f.Fatal(err)
 	}
 	proxy := a.ProxyURLs()[0]
-	p, err := newPoller(newLink(a, proxy, netip.Addr{}), a.dialer(proxy), a.current.Load())
+	p, err := newPoller(newLink(a, proxy, netip.Addr{}), a.dialer(proxy), a.current.Load(), nil)
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -309,7 +309,7 @@ func TestPushProxProxy(t *testing.T) {
 		c.Allow = []agent.PortRange{{First: uint16(n), Last: uint16(n)}}
 	}
 	a := startAgent(t, nil, allow)
-	a.logs.wait(t, "level=WARN", "Polling: the proxy knows no tunnel", p.addr)
+	a.logs.wait(t, "level=WARN", "Polling", "for want of a tunnel", p.addr, "404")
 	if got := a.Connected(); len(got) != 1 {
 		t.Errorf("connected to %v", got)
 	}
@@ -447,7 +447,7 @@ func TestNoPolling(t *testing.T) {
 				t.Errorf("%d polls, %d times they were taken, connected to %v", polls.Load(), n, a.Connected())
 			}
 			if test.polls {
-				a.logs.wait(t, "nor is it a pushprox-proxy")
+				a.logs.wait(t, "nor does it take polls")
 			}
 		})
 	}
@@ -666,6 +666,39 @@ func TestPollingEnvironmentProxy(t *testing.T) {
 		}
 	}
 	others.Range(func(host, _ any) bool { t.Errorf("the forward proxy was asked for %v", host); return true })
+}
+
+// TestPollingWithoutUpgrade: a culvert-proxy has taken the place of a pushprox-proxy, and
+// what stands in front of it passes polls on and no upgrade. It is polled until it does.
+func TestPollingWithoutUpgrade(t *testing.T) {
+	t.Parallel()
+	p := newPushProx(t, "127.0.0.1:0")
+	_, port := newTarget(t, nil)
+	n, _ := strconv.ParseUint(port, 10, 16)
+	var through atomic.Bool
+	proxy := newProxy(t, nil)
+	f := newFront(t, proxy, func(w http.ResponseWriter, r *http.Request) bool {
+		if strings.HasPrefix(r.URL.Path, "/p") {
+			p.ServeHTTP(w, r)
+			return false
+		}
+		return through.Load() || strip("")(w, r)
+	})
+	t.Cleanup(p.stop) // before the middle box, which waits for the polls
+	a := startAgent(t, nil, func(c *agent.Config) {
+		c.ProxyURLs = []string{f.URL}
+		c.Allow = []agent.PortRange{{First: uint16(n), Last: uint16(n)}}
+	})
+	a.logs.wait(t, "level=WARN", "Polling", "for want of a tunnel", "no-upgrade")
+	if code, body, err := getThrough(p.addr, "http://web-1:"+port+"/metrics", "5"); err != nil || code != 200 {
+		t.Errorf("%d %q %v", code, body, err)
+	}
+	through.Store(true)
+	if err := a.Reload(a.config(nil)); err != nil { // looks for the tunnel at once
+		t.Fatal(err)
+	}
+	a.logs.wait(t, "msg=Connected")
+	proxy.want("http://web-1:"+port+"/metrics", 200, "up 1")
 }
 
 // TestPollingReload: a reload changes protocol and name of an agent that polls.
