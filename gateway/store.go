@@ -224,7 +224,9 @@ func (s *Store) Run(ctx context.Context) error {
 		if s.failure.Load() != nil && !time.Now().Before(s.probeAt) {
 			s.probe()
 		}
-		s.follow()
+		if s.shared != nil {
+			s.steps.follow()
+		}
 		if s.storeNext() {
 			continue
 		}
@@ -232,7 +234,7 @@ func (s *Store) Run(ctx context.Context) error {
 		select {
 		case <-s.wake:
 		case u := <-s.updates:
-			s.takeUpdate(u)
+			s.steps.takeUpdate(u)
 		case <-timer.C:
 		case <-ctx.Done():
 		}
@@ -308,7 +310,7 @@ func (s *Store) wrote(err error) {
 
 // probe tries whether the store can write again.
 func (s *Store) probe() {
-	probe := s.probeShared
+	probe := s.steps.probe
 	if s.shared == nil {
 		probe = s.backend.Probe
 	} else if !s.answersAgain() {
@@ -443,7 +445,7 @@ func (s *Store) storeNext() bool {
 	b.sealed = true
 	if s.shared != nil {
 		s.mu.Unlock()
-		s.storeShared()
+		s.steps.store()
 		return true
 	}
 	if s.inTurn {
