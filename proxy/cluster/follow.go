@@ -21,6 +21,7 @@ import (
 
 // record is agents/AGENT.
 type record struct {
+	Kind         string                `json:"kind,omitempty"`
 	Registration protocol.Registration `json:"registration"`
 	FirstSeen    time.Time             `json:"first_seen"`
 	LostAt       time.Time             `json:"lost_at,omitzero"` // zero: connected
@@ -281,7 +282,7 @@ func (c *Cluster) decodeRecord(name string, kv *mvccpb.KeyValue) (fleet.Record, 
 		c.unusable(kv, err)
 		return fleet.Record{}, false
 	}
-	return fleet.Record{Registration: rec.Registration, FirstSeen: rec.FirstSeen, LostAt: rec.LostAt, Reason: rec.Reason, Created: kv.CreateRevision, Modified: kv.ModRevision}, true
+	return fleet.Record{Kind: rec.Kind, Registration: rec.Registration, FirstSeen: rec.FirstSeen, LostAt: rec.LostAt, Reason: rec.Reason, Created: kv.CreateRevision, Modified: kv.ModRevision}, true
 }
 
 // decodeKey returns the SHA-256 of an agent's key, in hex.

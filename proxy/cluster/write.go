@@ -195,7 +195,7 @@ func (c *Cluster) operation(change fleet.Change, lease clientv3.LeaseID) (client
 		then = append(then, clientv3.OpDelete(agentKey))
 	}
 	if rec := change.Record; rec != nil {
-		value, err := encode(record{Registration: rec.Registration, FirstSeen: rec.FirstSeen, LostAt: rec.LostAt, Reason: rec.Reason})
+		value, err := encode(record{Kind: rec.Kind, Registration: rec.Registration, FirstSeen: rec.FirstSeen, LostAt: rec.LostAt, Reason: rec.Reason})
 		if err != nil {
 			return clientv3.Op{}, 0, err
 		}

@@ -3,6 +3,7 @@
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -78,27 +79,14 @@ type Agent struct {
 
 	// Protected by the fleet's mu.
 	registration protocol.Registration
-	conn         *Conn // nil: not connected
+	kind         string // of the last connection
+	conn         *Conn  // nil: not connected
 	since        time.Time
 	firstSeen    time.Time
 	reason       string // why it was lost
 	change       uint64 // Fleet.changes at its last change
 	waiters      map[chan struct{}]struct{}
 	sharing
-}
-
-// Conn is a session of an agent, and the HTTP connections in it.
-type Conn struct {
-	*protocol.Session
-	// Transport sends requests through the session.
-	Transport *protocol.Transport
-	started   time.Time
-	unproven  bool // see Fleet.Unsaved; protected by the fleet's mu
-}
-
-// NewConn returns a Conn for the session.
-func NewConn(s *protocol.Session) *Conn {
-	return &Conn{Session: s, started: time.Now(), Transport: &protocol.Transport{Session: s}}
 }
 
 // streamIdle is how long a stream waits for the next scrape: longer than common
@@ -143,6 +131,7 @@ func Open(config Config) (*Fleet, error) {
 	f.cluster = f.store.cluster
 	for _, rec := range records {
 		a := f.newAgent(rec.Name)
+		a.kind = cmp.Or(rec.Kind, KindCulvert)
 		a.registration, a.firstSeen, a.since, a.reason = rec.Registration, rec.FirstSeen, rec.LostAt, "not back since the proxy started"
 		if a.since.IsZero() { // it was connected when the proxy ended
 			a.since = f.started
@@ -192,7 +181,7 @@ func (f *Fleet) Run(ctx context.Context) {
 		case <-tick.C:
 		}
 		for _, conn := range f.Conns() {
-			conn.Transport.CloseIdle(streamIdle)
+			conn.CloseIdle(streamIdle)
 		}
 		for _, name := range f.expired(time.Now()) {
 			if f.config.Shared != nil {
@@ -267,7 +256,7 @@ func (f *Fleet) forgetShared(name string) {
 
 func (f *Fleet) newAgent(name string) *Agent {
 	return &Agent{
-		Name: name, waiters: map[chan struct{}]struct{}{},
+		Name: name, kind: KindCulvert, waiters: map[chan struct{}]struct{}{},
 		Scrapes: make(chan struct{}, f.config.MaxScrapes), Tunnels: make(chan struct{}, f.config.MaxTunnels),
 	}
 }
@@ -289,7 +278,7 @@ func (f *Fleet) Lost(conn *Conn, reason string) bool {
 	f.share(a, !a.isConnected())
 	rec := a.record()
 	f.mu.Unlock()
-	conn.Transport.CloseIdleConnections()
+	conn.CloseIdleConnections()
 	if f.store != nil {
 		f.store.saveLater(rec)
 	}

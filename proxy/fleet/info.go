@@ -11,15 +11,15 @@ import (
 // Info is what is known of an agent, as the API shows it.
 type Info struct {
 	Name         string                `json:"name"`
-	Kind         string                `json:"kind"` // "culvert"
+	Kind         string                `json:"kind"` // KindCulvert or KindPushProx
 	Connected    bool                  `json:"connected"`
 	Since        time.Time             `json:"since"` // connected, or lost
 	FirstSeen    time.Time             `json:"first_seen"`
 	LostReason   string                `json:"lost_reason,omitempty"`
 	RemoteAddr   string                `json:"remote_address,omitempty"`
-	Transport    string                `json:"transport,omitempty"` // "upgrade" or "websocket"
+	Transport    string                `json:"transport,omitempty"` // "upgrade", "websocket" or "poll"
 	RTTSeconds   float64               `json:"rtt_seconds,omitempty"`
-	Streams      *int                  `json:"streams,omitempty"` // nil: another proxy knows
+	Streams      *int                  `json:"streams,omitempty"` // nil: another proxy knows, or it has none
 	Registration protocol.Registration `json:"registration"`
 	Proxies      []Holder              `json:"proxies,omitempty"` // that hold a session, where several are one
 
@@ -53,13 +53,15 @@ func (f *Fleet) Agent(name string) (Info, bool) {
 
 func (f *Fleet) info(a *Agent) Info {
 	i := Info{
-		Name: a.Name, Kind: "culvert", Since: a.since.UTC(), FirstSeen: a.firstSeen.UTC(),
+		Name: a.Name, Kind: a.kind, Since: a.since.UTC(), FirstSeen: a.firstSeen.UTC(),
 		LostReason: a.reason, Registration: a.registration, Change: a.change,
 	}
 	if c := a.conn; c != nil {
-		i.Connected, i.RemoteAddr, i.Transport = true, c.RemoteAddr, c.Session.Transport
-		streams := c.NumStreams()
-		i.RTTSeconds, i.Streams = c.RTT().Seconds(), &streams
+		i.Connected, i.RemoteAddr, i.Transport = true, c.RemoteAddr, c.Transport
+		if c.Session != nil {
+			streams := c.Session.NumStreams()
+			i.RTTSeconds, i.Streams = c.Session.RTT().Seconds(), &streams
+		}
 	} else if len(a.peers) == 0 {
 		streams := 0
 		i.Streams = &streams

@@ -43,9 +43,9 @@ func (f *Fleet) Register(ctx context.Context, conn *Conn, reg protocol.Registrat
 		}
 		old := a.conn
 		a.forget = false
-		f.share(a, a.created == 0 || a.lost || !reflect.DeepEqual(a.registration, reg))
+		f.share(a, a.created == 0 || a.lost || a.kind != conn.Kind || !reflect.DeepEqual(a.registration, reg))
 		f.unindex(a)
-		a.registration = reg
+		a.registration, a.kind = reg, conn.Kind
 		f.index(a)
 		if old != conn {
 			a.conn, a.since, a.reason = conn, time.Now(), ""
@@ -139,17 +139,12 @@ func (f *Fleet) rival(conn, dead *Conn) *Conn {
 	return a.conn
 }
 
-// alive asks the session for a sign of life. Who asks may go away meanwhile; that
-// says nothing of the session, so ctx's end is not passed on.
+// alive asks an agent for a sign of life. Who asks may go away meanwhile; that says
+// nothing of the agent, so ctx's end is not passed on.
 func alive(ctx context.Context, c *Conn) bool {
-	asked := time.Now()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), pingTimeout)
 	defer cancel()
-	if _, err := c.Ping(ctx); err == nil {
-		return true
-	}
-	// The answer may wait behind data: any frame will do.
-	return c.Err() == nil && c.LastHeard().After(asked)
+	return c.Alive(ctx)
 }
 
 // collision returns the refusal for a registration whose names lead elsewhere

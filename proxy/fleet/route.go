@@ -119,6 +119,16 @@ func (f *Fleet) ConnOf(a *Agent) *Conn {
 	return a.conn
 }
 
+// Conn returns the connection of the agent of a name, nil where there is none.
+func (f *Fleet) Conn(name string) *Conn {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if a := f.agents[name]; a != nil && a.conn != nil && a.conn.Err() == nil {
+		return a.conn
+	}
+	return nil
+}
+
 // index makes the names of an agent lead to it. It is called with mu held.
 func (f *Fleet) index(a *Agent) {
 	f.bytes += size(a.registration)

@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -64,6 +65,7 @@ func HashInstance(instance string) string {
 
 // Record is what the proxies keep together of an agent until it is forgotten.
 type Record struct {
+	Kind         string // KindCulvert or KindPushProx
 	Registration protocol.Registration
 	FirstSeen    time.Time
 	LostAt       time.Time // zero: connected
@@ -160,10 +162,10 @@ func (f *Fleet) Pending(name string) (Change, bool) {
 	case a.put == a.conn, a.conn.unproven:
 		c.Keep = true
 	default:
-		c.Session = &Held{Proxy: f.config.Shared.Self, Instance: HashInstance(a.conn.Instance), Since: a.since.UTC(), RemoteAddr: a.conn.RemoteAddr, Transport: a.conn.Session.Transport}
+		c.Session = &Held{Proxy: f.config.Shared.Self, Instance: HashInstance(a.conn.Instance), Since: a.since.UTC(), RemoteAddr: a.conn.RemoteAddr, Transport: a.conn.Transport}
 	}
 	if a.dirty {
-		c.Record = &Record{Registration: a.registration, FirstSeen: a.firstSeen.UTC()}
+		c.Record = &Record{Kind: a.kind, Registration: a.registration, FirstSeen: a.firstSeen.UTC()}
 		if !a.isConnected() {
 			c.Record.LostAt, c.Record.Reason = a.since.UTC(), a.reason
 			c.Modified = a.modified // nobody has come back, nor deleted it, meanwhile
@@ -236,7 +238,7 @@ func (f *Fleet) Apply(events []Event) {
 func (f *Fleet) closeAll(ended []closing) {
 	for _, c := range ended {
 		f.config.Logger.Info("Agent disconnected", "agent", c.conn.Agent, "from", c.conn.RemoteAddr, "reason", c.reason)
-		c.conn.Transport.CloseIdleConnections()
+		c.conn.CloseIdleConnections()
 		go c.conn.Close() // it may wait for a stuck write
 	}
 }
@@ -299,9 +301,9 @@ func (f *Fleet) applyRecord(name string, rec Record, learned time.Time, ended []
 		return ended // this proxy has something newer
 	}
 	a.firstSeen = rec.FirstSeen
-	if !reflect.DeepEqual(a.registration, rec.Registration) {
+	if kind := cmp.Or(rec.Kind, KindCulvert); a.kind != kind || !reflect.DeepEqual(a.registration, rec.Registration) {
 		f.unindex(a)
-		a.registration = rec.Registration
+		a.registration, a.kind = rec.Registration, kind
 		f.index(a)
 		f.changed(a)
 	}
@@ -568,8 +570,12 @@ func (f *Fleet) proveSessions(ctx context.Context) {
 // prove asks until the agent answers, or its session ends as one that is silent does.
 func (f *Fleet) prove(ctx context.Context, conn *Conn) {
 	for !alive(ctx, conn) {
-		if conn.Err() != nil || ctx.Err() != nil {
+		select {
+		case <-conn.Done():
 			return
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Second):
 		}
 	}
 	f.mu.Lock()
@@ -811,7 +817,7 @@ func (f *Fleet) holders(a *Agent) []Holder {
 		add(held)
 	}
 	if c := a.conn; c != nil && !(f.draining && len(a.peers) > 0) {
-		add(Held{Proxy: f.config.Shared.Self, Since: a.since.UTC(), RemoteAddr: c.RemoteAddr, Transport: c.Session.Transport})
+		add(Held{Proxy: f.config.Shared.Self, Since: a.since.UTC(), RemoteAddr: c.RemoteAddr, Transport: c.Transport})
 	}
 	slices.SortFunc(holders, func(a, b Holder) int { return strings.Compare(a.ID, b.ID) })
 	return holders

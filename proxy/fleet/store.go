@@ -23,6 +23,7 @@ type record struct {
 	Registration protocol.Registration `json:"registration"`
 	FirstSeen    time.Time             `json:"first_seen"`
 	LostAt       time.Time             `json:"lost_at,omitzero"` // zero: connected
+	Kind         string                `json:"kind,omitempty"`   // "": KindCulvert
 
 	deleted bool
 }
@@ -31,6 +32,9 @@ func (a *Agent) record() record {
 	rec := record{Name: a.Name, Registration: a.registration, FirstSeen: a.firstSeen}
 	if !a.isConnected() {
 		rec.LostAt = a.since
+	}
+	if a.kind != KindCulvert {
+		rec.Kind = a.kind
 	}
 	return rec
 }

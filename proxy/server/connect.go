@@ -158,7 +158,7 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request, start time.T
 // dialAgent opens a stream and has the agent connect to authority. It returns
 // the stream, and the reader that may hold what the target said already.
 func (s *Server) dialAgent(ctx context.Context, conn *fleet.Conn, authority string, route fleet.Route, agent *fleet.Agent, timeout time.Duration) (farEnd, *bufio.Reader, *protocol.Refusal) {
-	opened, err := conn.Open(ctx)
+	opened, err := conn.Session.Open(ctx)
 	if err != nil {
 		return nil, nil, s.explain(ctx, err, route, agent, conn, timeout)
 	}

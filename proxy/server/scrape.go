@@ -146,7 +146,7 @@ func (sc *scrape) RoundTrip(req *http.Request) (*http.Response, error) {
 			}
 			return resp, err
 		}
-		resp, err := conn.Transport.RoundTrip(req)
+		resp, err := conn.RoundTrip(req)
 		if err == nil {
 			// A copy gets no trailers: net/http adds them to the original.
 			final := *resp

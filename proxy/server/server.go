@@ -323,8 +323,11 @@ func (s *Server) shutdown() {
 	tellCtx, cancelTell := context.WithTimeout(ctx, 3*time.Second)
 	defer cancelTell()
 	for _, conn := range conns {
+		if conn.Session == nil {
+			continue
+		}
 		told.Go(func() error {
-			if err := conn.SendDrain(tellCtx, drain); err != nil {
+			if err := conn.Session.SendDrain(tellCtx, drain); err != nil {
 				s.logger.Debug("The agent did not take the drain", "agent", conn.Agent, "err", err)
 			}
 			return nil
@@ -353,7 +356,7 @@ func (s *Server) shutdown() {
 	s.conns = nil
 	s.mu.Unlock()
 	for conn := range open {
-		conn.Transport.CloseIdleConnections()
+		conn.CloseIdleConnections()
 		conn.Close()
 	}
 	s.agentAPI.Close()

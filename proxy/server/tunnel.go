@@ -178,7 +178,7 @@ func (s *Server) sessionEnded(conn *agentConn) {
 	if registered {
 		s.metrics.ended.WithLabelValues(protocol.EndReason(reason)).Inc()
 	}
-	conn.Transport.CloseIdleConnections()
+	conn.CloseIdleConnections()
 	conn.Close()
 	s.mu.Lock()
 	delete(s.conns, conn)
@@ -284,11 +284,11 @@ func (s *Server) register(w http.ResponseWriter, r *http.Request, conn *agentCon
 	}
 	if !check && !conn.registered.Load() {
 		conn.registered.Store(true)
-		s.logger.Info("Agent connected", "agent", conn.Agent, "from", conn.RemoteAddr, "version", clip(reg.Version, 40), "transport", conn.Session.Transport)
+		s.logger.Info("Agent connected", "agent", conn.Agent, "from", conn.RemoteAddr, "version", clip(reg.Version, 40), "transport", conn.Transport)
 		s.sessions.start(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 			defer cancel()
-			if rtt, err := conn.Ping(ctx); err == nil {
+			if rtt, err := conn.Session.Ping(ctx); err == nil {
 				s.metrics.rtt.Observe(rtt.Seconds())
 			}
 		})
@@ -328,7 +328,7 @@ func (s *Server) leave(w http.ResponseWriter, r *http.Request, conn *agentConn) 
 		s.sessions.start(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), leaveTimeout)
 			defer cancel()
-			conn.Ping(ctx) // comes back behind the answer
+			conn.Session.Ping(ctx) // comes back behind the answer
 			conn.Close()
 		})
 	}
