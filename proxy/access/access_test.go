@@ -283,6 +283,16 @@ operators:
 	if id, _ := a.Identify(request("", basic("prom", "secret")), "Authorization", ""); !id.Operator() {
 		t.Error("the second entry of one user does not count")
 	}
+	token := request("", basic("whoever", "a-token-of-enough-length"))
+	if _, err := a.IdentifyBasic(token, "Authorization", ""); err != nil {
+		t.Errorf("where it may, the token as a password: %v", err)
+	}
+	if _, err := a.Identify(token, "Authorization", ""); reason(err) != access.Wrong {
+		t.Errorf("the token as a password, where it counted elsewhere: %v", err)
+	}
+	if _, err := a.IdentifyBasic(request("", basic("prom", "secret")), "Authorization", ""); err != nil {
+		t.Errorf("where a token may be one, a password: %v", err)
+	}
 	own, err := a.Identify(withCert(request("", ""), true, "", "web-1.agents.lan"), "Authorization", "web-1.agents.lan")
 	if err != nil || !own.MayBe("web-1.agents.lan") || own.MayBe("web-2.agents.lan") {
 		t.Errorf("a certificate does not stand for its own name alone: %v", err)

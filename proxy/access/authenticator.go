@@ -90,6 +90,16 @@ const checkTimeout = 5 * time.Second
 //
 // Without roles everybody is anybody, whatever they show.
 func (a *Authenticator) Identify(r *http.Request, field, claimed string) (*Identity, error) {
+	return a.identify(r, field, claimed, false)
+}
+
+// IdentifyBasic is Identify for programs that know nothing but user names and passwords:
+// with any user name, a token counts as the password.
+func (a *Authenticator) IdentifyBasic(r *http.Request, field, claimed string) (*Identity, error) {
+	return a.identify(r, field, claimed, true)
+}
+
+func (a *Authenticator) identify(r *http.Request, field, claimed string, tokens bool) (*Identity, error) {
 	roles := a.roles.Load()
 	if roles.Open() {
 		return Anybody, nil
@@ -107,6 +117,7 @@ func (a *Authenticator) Identify(r *http.Request, field, claimed string) (*Ident
 		if !ok {
 			return nil, a.fail(r, Wrong, 0, "the header "+field+" is neither Basic nor Bearer")
 		}
+		shown.orToken = tokens && shown.user != ""
 		if claimed != "" && shown.user == "" {
 			shown.claimed = claimed
 		}
@@ -142,6 +153,7 @@ type secret struct {
 	user     string // "" for bearer tokens
 	password string // or the token
 	claimed  string // who it says it is
+	orToken  bool   // the password may be a token
 }
 
 // parseSecret reads "Basic BASE64" and "Bearer TOKEN".
@@ -173,6 +185,9 @@ func (a *Authenticator) check(r *http.Request, roles *Roles, s secret) (*found, 
 	if s.user != "" {
 		scheme = "basic"
 	}
+	if s.orToken {
+		scheme = "basic or token"
+	}
 	key := roles.checked.keyed(scheme, s.user, s.password)
 	if f := roles.checked.get(key); f != nil {
 		return f, nil
@@ -191,9 +206,10 @@ func (a *Authenticator) check(r *http.Request, roles *Roles, s secret) (*found, 
 			return nil, a.fail(r, Slowed, wait, "too many tries with wrong credentials; wait before the next one")
 		}
 		f := new(found)
-		if s.user == "" {
+		if s.user == "" || s.orToken {
 			roles.findToken(f, s.password)
-		} else {
+		}
+		if s.user != "" && len(f.entries) == 0 {
 			select {
 			case a.checking <- struct{}{}:
 				roles.findUser(f, s.user, s.password)
