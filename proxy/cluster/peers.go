@@ -37,6 +37,9 @@ const (
 // PathAlive takes the question whether an agent answers: POST of an aliveQuestion.
 const PathAlive = "/v1/alive"
 
+// PathPush takes the push of a PushProx client whose scrape the proxy has: see Push.
+const PathPush = "/v1/push"
+
 type aliveQuestion struct {
 	Agent    string `json:"agent"`
 	Instance string `json:"instance"` // hashed
@@ -210,6 +213,26 @@ func (c *Cluster) ServeAlive(w http.ResponseWriter, r *http.Request, f *fleet.Fl
 	}
 	w.Header().Set("Content-Type", "application/json")
 	json.NewEncoder(w).Encode(aliveAnswer{f.AliveHere(r.Context(), question.Agent, question.Instance)})
+}
+
+// Push passes the push of a PushProx client on to the proxy that has its scrape, and
+// returns the status of the answer. It returns ErrUnreachable where the proxy gave none.
+func (c *Cluster) Push(ctx context.Context, proxy, agent string, body io.Reader) (int, error) {
+	base, err := c.address(proxy)
+	if err != nil {
+		return 0, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, base.JoinPath(PathPush).String(), io.NopCloser(body))
+	if err != nil {
+		return 0, err
+	}
+	c.credentials(req.Header, agent, 0)
+	resp, err := c.peerHTTP.RoundTrip(req)
+	if err != nil {
+		return 0, fmt.Errorf("%w: %s: %w", ErrUnreachable, base.Host, err)
+	}
+	resp.Body.Close()
+	return resp.StatusCode, nil
 }
 
 // Authorized reports whether a request is from a proxy of the cluster.

@@ -26,7 +26,7 @@ const (
 	everybody     // without credentials too
 	scrapers
 	pushers // for the jobs of the groups that the request names
-	agents  // for the name in Culvert-Agent
+	agents  // for the name in Culvert-Agent, or in the body of a poll
 	operators
 )
 
@@ -84,6 +84,8 @@ var routeAccess = map[string]who{
 	routeConnect:  scrapers,
 	routePath:     scrapers,
 	routeTunnel:   agents,
+	routePoll:     agents,
+	routePush:     agents,
 }
 
 const (
@@ -91,6 +93,8 @@ const (
 	routeConnect  = "CONNECT NAME:PORT"
 	routePath     = "GET /scrape/AGENT/TARGET/PATH"
 	routeTunnel   = "GET /tunnel"
+	routePoll     = "POST /poll"
+	routePush     = "POST /push"
 )
 
 // guard is the router with routeAccess in front of each route.
@@ -457,6 +461,11 @@ func (s *Server) watchAccess(ctx context.Context) {
 			if err := roles.CheckRegistration(id, conn.Agent, reg); err != nil && conn.Err() == nil {
 				s.logger.Info("Agent disconnected: its credential does not cover it any more", "agent", conn.Agent, "from", conn.RemoteAddr, "reason", err)
 				s.sessions.start(func() { conn.Close() }) // it may wait for a stuck write
+			}
+		}
+		for _, conn := range s.fleet.Conns() {
+			if client, ok := conn.Link.(*pushProxClient); ok {
+				client.recheck(roles, recheckKeys)
 			}
 		}
 		s.mu.Lock()

@@ -125,6 +125,8 @@ func (s *Server) servePeer(w http.ResponseWriter, r *http.Request) {
 		s.forward(w, r, &scrape{mode: "peer", target: r.RequestURI}, r.URL.Host)
 	case r.Method == http.MethodPost && r.URL.Path == cluster.PathAlive:
 		s.cluster.ServeAlive(w, r, s.fleet)
+	case r.URL.Path == cluster.PathPush && !s.config.DisablePushProx:
+		s.servePushed(w, r)
 	default:
 		s.refuse(w, r, protocol.Refusef(http.StatusNotFound, protocol.CodeNotFound, "this address is for scrapes that other proxies pass on"))
 	}

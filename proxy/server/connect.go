@@ -88,6 +88,10 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request, start time.T
 			}
 			continue
 		}
+		if conn.Session == nil {
+			return refuse(protocol.Refusef(http.StatusForbidden, protocol.CodeNotAllowed,
+				"agent %q is a PushProx client, which takes no CONNECT: scrape it with scheme: http, and params: {_scheme: [https]} for its targets with TLS, or run culvert-client there", agent.Name))
+		}
 		if err := s.takePlace(ctx, agent.Tunnels); err != nil {
 			return refuse(protocol.Refusef(http.StatusTooManyRequests, protocol.CodeAgentBusy,
 				"agent %q has %d CONNECT tunnels open (--connect.max-concurrent)", agent.Name, cap(agent.Tunnels)))

@@ -59,7 +59,11 @@ func (s *Server) serveTargets(w http.ResponseWriter, r *http.Request) {
 	itself := protocol.Target{Name: protocol.AgentTarget, Path: "/metrics"}
 	list := listing{entries: func(info fleet.Info, labels map[string]string, yield func(string)) {
 		declared := info.Registration.Targets
-		for i := range len(declared) + 1 {
+		n := len(declared) + 1
+		if info.Kind == fleet.KindPushProx {
+			n = 0 // it has ports alone, and those it doesn't tell
+		}
+		for i := range n {
 			t := &itself
 			if i < len(declared) {
 				t = &declared[i]

@@ -6,6 +6,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/proxy/fleet"
 )
 
 // metrics are the proxy's own, prefix culvert_proxy_.
@@ -19,6 +20,7 @@ type metrics struct {
 	ended         *prometheus.CounterVec
 	rtt           prometheus.Histogram
 	relayed       *prometheus.CounterVec
+	pushProx      *prometheus.CounterVec
 	reloadOK      prometheus.Gauge
 	reloadTime    prometheus.Gauge
 }
@@ -66,6 +68,10 @@ func newMetrics(registry *prometheus.Registry, s *Server, stored bool) *metrics 
 			Name: "culvert_proxy_push_relayed_total",
 			Help: "Pushes that agents relayed, by outcome: applied, repeated (it was there already), refused (the agent drops it), unavailable (the agent sends it again). A rise of refused means that jobs push what can't be taken.",
 		}, []string{"outcome"}),
+		pushProx: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "culvert_proxy_pushprox_requests_total",
+			Help: "Polls and pushes of PushProx clients, by result: scrape (the poll brought one), replaced (by another poll of the client), closed (the client closed the poll), ok (the push had somebody waiting for it), or the reason of the refusal. A rise of replaced means that two clients have one name; one of not-found that clients answer too late.",
+		}, []string{"request", "result"}),
 		reloadOK: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "culvert_proxy_config_last_reload_successful",
 			Help: "Whether the last reload of the configuration succeeded.",
@@ -75,7 +81,7 @@ func newMetrics(registry *prometheus.Registry, s *Server, stored bool) *metrics 
 			Help: "When the configuration was last loaded with success.",
 		}),
 	}
-	registry.MustRegister(m.scrapes, m.duration, m.bytes, m.handshakes, m.registrations, m.ended, m.rtt, m.relayed, m.reloadOK, m.reloadTime,
+	registry.MustRegister(m.scrapes, m.duration, m.bytes, m.handshakes, m.registrations, m.ended, m.rtt, m.relayed, m.pushProx, m.reloadOK, m.reloadTime,
 		agentsCollector{s},
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "culvert_proxy_streams",
@@ -93,6 +99,17 @@ func newMetrics(registry *prometheus.Registry, s *Server, stored bool) *metrics 
 			Name: "culvert_proxy_handshakes_pending",
 			Help: "Sessions that have not registered yet.",
 		}, func() float64 { return float64(s.admission.pending()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "culvert_proxy_pushprox_clients",
+			Help: "PushProx clients that are connected to this proxy; culvert_proxy_agents counts them too.",
+		}, func() (n float64) {
+			for _, conn := range s.fleet.Conns() {
+				if conn.Kind == fleet.KindPushProx {
+					n++
+				}
+			}
+			return n
+		}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "culvert_proxy_fleet_stored",
 			Help: "1 where the known agents survive a restart, 0 where storage is off or its file can't be used.",

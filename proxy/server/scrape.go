@@ -259,8 +259,12 @@ func unknownAgent(name string) *protocol.Refusal {
 // offline tells since when the route's agents are away.
 func (s *Server) offline(route fleet.Route) *protocol.Refusal {
 	var lost []string
+	program := "culvert-client"
 	for _, a := range route.Agents {
 		info, ok := s.fleet.Agent(a.Name)
+		if info.Kind == fleet.KindPushProx {
+			program = "the PushProx client"
+		}
 		switch {
 		case !ok:
 		case info.Connected:
@@ -273,7 +277,7 @@ func (s *Server) offline(route fleet.Route) *protocol.Refusal {
 		return unknownAgent(route.Name)
 	}
 	return protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeAgentOffline,
-		"%s, so %q can't be scraped; check culvert-client there", strings.Join(lost, ", "), route.Name)
+		"%s, so %q can't be scraped; check %s there", strings.Join(lost, ", "), route.Name, program)
 }
 
 // since says a time span in the unit that people would choose.

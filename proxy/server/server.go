@@ -37,7 +37,8 @@ type Config struct {
 	ListenAddresses []string
 	// WebConfigFile is exporter-toolkit's web configuration: TLS, headers.
 	WebConfigFile string
-	// AgentListenAddresses take /tunnel alone, which then leaves ListenAddresses.
+	// AgentListenAddresses take /tunnel, and PushProx's /poll and /push, alone, which then
+	// leave ListenAddresses.
 	AgentListenAddresses []string
 	// AgentWebConfigFile is the web configuration of AgentListenAddresses.
 	AgentWebConfigFile string
@@ -82,6 +83,8 @@ type Config struct {
 	// has ended: 20 s by default.
 	ShutdownTimeout time.Duration
 
+	// DisablePushProx takes /poll and /push away, which clients of PushProx use.
+	DisablePushProx bool
 	// Cluster makes one of several proxies. Without Endpoints the proxy is alone.
 	Cluster Cluster
 	// Push tunes the push store.
@@ -122,6 +125,7 @@ type Server struct {
 	agentAPI     *http.Server // serves agentStreams
 	agentStreams *streamListener
 	lists        lists // of discovery
+	pushProx     *pushProx
 	admission    admission
 
 	draining atomic.Bool
@@ -154,7 +158,7 @@ func New(config Config) (*Server, error) {
 	}
 	id := make([]byte, 16)
 	rand.Read(id)
-	s := &Server{config: config, id: hex.EncodeToString(id), logger: config.Logger, tunnels: map[*tunnel]struct{}{}, conns: map[*agentConn]struct{}{}, agentStreams: newStreamListener(), recheck: make(chan struct{}, 1), started: time.Now(), quit: make(chan struct{})}
+	s := &Server{config: config, id: hex.EncodeToString(id), logger: config.Logger, tunnels: map[*tunnel]struct{}{}, conns: map[*agentConn]struct{}{}, agentStreams: newStreamListener(), pushProx: newPushProx(), recheck: make(chan struct{}, 1), started: time.Now(), quit: make(chan struct{})}
 	s.admission = admission{places: config.MaxHandshakes, names: map[string]int{}}
 	if err := s.loadSettings(); err != nil {
 		return nil, err
@@ -323,7 +327,10 @@ func (s *Server) shutdown() {
 	tellCtx, cancelTell := context.WithTimeout(ctx, 3*time.Second)
 	defer cancelTell()
 	for _, conn := range conns {
-		if conn.Session == nil {
+		if client, ok := conn.Link.(*pushProxClient); ok {
+			if moving > 0 { // behind a balancer it finds another proxy; who comes back may stay
+				client.end(errors.New("the proxy is going away"), goingAway(), false)
+			}
 			continue
 		}
 		told.Go(func() error {
@@ -339,6 +346,7 @@ func (s *Server) shutdown() {
 	case <-s.running.drain():
 	case <-ctx.Done():
 	}
+	close(s.pushProx.ending) // scrapes that ran had to get through
 	var stopped sync.WaitGroup
 	for _, l := range s.listeners() {
 		stopped.Go(func() {
@@ -350,6 +358,11 @@ func (s *Server) shutdown() {
 	}
 	told.Wait()
 	stopped.Wait()
+	for _, conn := range s.fleet.Conns() {
+		if conn.Session == nil {
+			conn.Close() // one that is between two polls
+		}
+	}
 	s.closeTunnels(ctx, func(*tunnel) bool { return true })
 	s.mu.Lock()
 	open := s.conns
@@ -474,6 +487,7 @@ func (s *Server) serveAgentListener(w http.ResponseWriter, r *http.Request) {
 			"this address is for agents; scrape through the one of --web.listen-address"))
 	case r.URL.Path == protocol.PathTunnel || r.URL.Path == s.config.RoutePrefix+protocol.PathTunnel:
 		s.serveTunnel(w, r)
+	case s.servesPushProx(w, r):
 	default:
 		s.refuse(w, r, protocol.Refusef(http.StatusNotFound, protocol.CodeNotFound,
 			"this address is for agents, and has %s alone", protocol.PathTunnel))
@@ -489,6 +503,9 @@ func (s *Server) serveOwn(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		s.serveTunnel(w, r)
+		return
+	}
+	if len(s.agents) == 0 && s.servesPushProx(w, r) {
 		return
 	}
 	if r = s.authenticate(w, r, false); r == nil {

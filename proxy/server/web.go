@@ -31,6 +31,10 @@ type listener struct {
 
 type rawConnKey struct{}
 
+// listening has connections end whose other side is gone without a word within half a
+// minute: the polls of PushProx clients say nothing for hours.
+var listening = net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3}}
+
 // listen binds addresses for a purpose that the log tells, with the TLS and the headers of a web configuration.
 //
 // The file is exporter-toolkit's, checked by its code. Its own Serve is not used:
@@ -46,7 +50,7 @@ func (s *Server) listen(purpose string, addresses []string, webConfig string, ha
 	}
 	var listeners []*listener
 	for _, address := range addresses {
-		l, err := net.Listen("tcp", address)
+		l, err := listening.Listen(context.Background(), "tcp", address)
 		if err != nil {
 			for _, l := range listeners {
 				l.Close()
