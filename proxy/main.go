@@ -91,6 +91,7 @@ func run(ctx context.Context, config server.Config) error {
 type flags struct {
 	server.Config
 	externalURL         string
+	pushProx            string
 	trustedProxies      []string
 	etcdEndpoints       []string
 	routePrefix         string
@@ -132,6 +133,8 @@ func (c *flags) app() *kingpin.Application {
 		StringsVar(&c.AgentListenAddresses)
 	app.Flag("agent.web.config.file", "Web configuration of --agent.listen-address.").
 		StringVar(&c.AgentWebConfigFile)
+	app.Flag("pushprox.enabled", "Let PushProx's clients connect, by /poll and /push: true or false.").
+		Default("true").EnumVar(&c.pushProx, "true", "false")
 	app.Flag("cluster.etcd-endpoints", "URL of an etcd member, as in http://etcd-1:2379. With it all proxies of that etcd are one. Repeatable, or several with commas.").
 		StringsVar(&c.etcdEndpoints)
 	app.Flag("cluster.etcd-prefix", "What the keys in etcd start with.").
@@ -286,6 +289,7 @@ func parseFlags(args []string) (*flags, string, error) {
 		}
 		c.unneeded = append(c.unneeded, "--persistence.file is not needed: pushed groups are kept in --storage.path")
 	}
+	c.DisablePushProx = c.pushProx == "false"
 	c.Flags = map[string]string{}
 	for _, flag := range app.Model().Flags {
 		if flag.Name != "help" && flag.Name != "version" && !strings.HasPrefix(flag.Name, "completion-") && flag.Name != "help-long" && flag.Name != "help-man" {

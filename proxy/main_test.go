@@ -8,12 +8,12 @@ import (
 )
 
 func TestParseFlags(t *testing.T) {
-	c, _, err := parseFlags([]string{"--web.listen-address=:1", "--web.listen-address=:2", "--registration.timeout=10m", "--agent.settle-time=0", "--scrape.max-timeout=1.5h", "--web.external-url=https://culvert.example.net/x"})
+	c, _, err := parseFlags([]string{"--web.listen-address=:1", "--web.listen-address=:2", "--registration.timeout=10m", "--agent.settle-time=0", "--scrape.max-timeout=1.5h", "--pushprox.enabled=false", "--web.external-url=https://culvert.example.net/x"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if len(c.ListenAddresses) != 2 || c.Fleet.ForgetAfter != 10*time.Minute || c.Fleet.SettleTime >= 0 ||
-		c.MaxTimeout != 90*time.Minute || c.ExternalURL.Host != "culvert.example.net" || c.StoragePath != "data/" {
+		c.MaxTimeout != 90*time.Minute || c.ExternalURL.Host != "culvert.example.net" || c.StoragePath != "data/" || !c.DisablePushProx {
 		t.Errorf("got %+v", c)
 	}
 	c, _, err = parseFlags([]string{"--cluster.etcd-endpoints=http://a:2379, http://b:2379", "--cluster.etcd-endpoints=http://c:2379"})
@@ -27,7 +27,7 @@ func TestParseFlags(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Fleet.ForgetAfter != 7*24*time.Hour || c.Fleet.SettleTime != time.Minute || c.ReconnectWait != 2*time.Second || c.Fleet.MaxKnown != 20_000 || c.ListenAddresses[0] != ":8080" {
+	if c.Fleet.ForgetAfter != 7*24*time.Hour || c.Fleet.SettleTime != time.Minute || c.ReconnectWait != 2*time.Second || c.Fleet.MaxKnown != 20_000 || c.DisablePushProx || c.ListenAddresses[0] != ":8080" {
 		t.Errorf("defaults: %+v", c)
 	}
 }
@@ -41,6 +41,7 @@ func TestParseFlagsErrors(t *testing.T) {
 		"--web.external-url=proxy:80":  "whole URL",
 		"--web.external-url=/culvert":  "whole URL",
 		"--no-such-flag":               "--no-such-flag",
+		"--pushprox.enabled=maybe":     "true",
 		"--agent.max-handshakes=many":  "many",
 		"--agent.max-known=0":          "at least 1",
 		"--connect.max-concurrent=-1":  "at least 1",
