@@ -153,6 +153,8 @@ var matrix = []struct {
 	{"GET http://NAME/PATH", "POST http://web-1.example.net:PORT/metrics", "x", "       407 407 407 407 403 403 403 403 200 403 200"},
 	{"CONNECT NAME:PORT", "CONNECT web-1.example.net:PORT", "", "                       407 407 407 407 403 403 403 403 200 403 200"},
 	{"GET /scrape/AGENT/TARGET/PATH", "GET /scrape/web-1.example.net/PORT/metrics", "", " 401 401 401 401 403 403 403 403 200 403 200"},
+	{"POST /poll", "POST /poll", "web-1.example.net", "                                  401 401 401 401 409 403 403 403 403 403 409"},
+	{"POST /push", "POST /push", "HTTP/1.1 200 OK\r\nId: x\r\n\r\n", "                   401 401 401 401 404 404 403 403 403 403 404"},
 	{"GET /tunnel", "GET /tunnel", "", "                                                401 401 401 401 101 403 403 403 403 403 101"},
 }
 

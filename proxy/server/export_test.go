@@ -11,3 +11,10 @@ func RouteAccess() []string {
 
 // Guarded returns the routes of the router.
 func (s *Server) Guarded() []string { return s.guarded }
+
+// PushProxScrapes returns how many scrapes wait for the pushes of PushProx clients.
+func (s *Server) PushProxScrapes() int {
+	s.pushProx.mu.Lock()
+	defer s.pushProx.mu.Unlock()
+	return len(s.pushProx.scrapes)
+}
