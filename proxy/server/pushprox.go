@@ -42,6 +42,9 @@ const (
 	// pollGrace is how long a client that was given a scrape may take to poll again. It
 	// does so at once; where that fails it pauses for at most 1.5 s, and then 2.25 s.
 	pollGrace = 5 * time.Second
+	// pollSoon is how long the next poll is said to be about to come, where another
+	// process claims the name.
+	pollSoon = time.Second
 	// maxPollBytes bounds the body of a poll, which is a name.
 	maxPollBytes = 1 << 10
 	// maxScrapeBody bounds the body of a scrape, which scrapes don't have: it is kept in
@@ -422,7 +425,11 @@ func (c *pushProxClient) recheck(roles *access.Roles, keys bool) {
 }
 
 // Alive reports whether a poll waits, or the next one is about to come.
-func (c *pushProxClient) Alive(context.Context) bool { return c.Err() == nil }
+func (c *pushProxClient) Alive(context.Context) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err == nil && (c.poll != nil || time.Since(c.given) < pollSoon)
+}
 
 // Done implements fleet.Link.
 func (c *pushProxClient) Done() <-chan struct{} { return c.done }
