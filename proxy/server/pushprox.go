@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
@@ -45,6 +46,8 @@ const (
 	// pollSoon is how long the next poll is said to be about to come, where another
 	// process claims the name.
 	pollSoon = time.Second
+	// retakeAfter is when a scrape may be given again whose connection was closed.
+	retakeAfter = time.Second
 	// maxPollBytes bounds the body of a poll, which is a name.
 	maxPollBytes = 1 << 10
 	// maxScrapeBody bounds the body of a scrape, which scrapes don't have: it is kept in
@@ -67,6 +70,7 @@ const (
 // pushProx is what the proxy knows of scrapes that clients of PushProx have.
 type pushProx struct {
 	ending   chan struct{} // closed when no poll may wait any more
+	given    sync.Map      // by net.Conn the *pushProxScrape that its last poll got: see connState
 	warnings rate.Sometimes
 
 	mu      sync.Mutex // protects scrapes
@@ -114,7 +118,8 @@ type pushProxScrape struct {
 	target *url.URL
 	body   []byte
 	answer chan *http.Response // has room for one
-	lost   chan struct{}       // closed: no poll got it, and none will
+	lost   chan struct{}       // closed by losing: no poll got it, and none will
+	losing sync.Once
 }
 
 // servesPushProx answers polls and pushes, and returns false for other requests.
@@ -195,6 +200,10 @@ func (s *Server) servePoll(w http.ResponseWriter, r *http.Request) string {
 		client.closed(p)
 		return pollClosed
 	}
+	conn, watched := r.Context().Value(rawConnKey{}).(net.Conn)
+	if watched = watched && !r.Close; watched { // else it ends with the answer
+		s.pushProx.given.Store(conn, scrape)
+	}
 	control.SetWriteDeadline(time.Now().Add(pollWriteTimeout))
 	text := scrape.text(client)
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
@@ -203,12 +212,40 @@ func (s *Server) servePoll(w http.ResponseWriter, r *http.Request) string {
 	if err == nil {
 		err = control.Flush()
 	}
-	if err != nil {
+	if err != nil && (!watched || s.pushProx.given.CompareAndDelete(conn, scrape)) {
 		client.again(scrape)
 		return pollClosed
 	}
 	return pollScrape
 }
+
+// connState takes a scrape back whose poll was answered into a connection that its client
+// had closed, unless its response comes within retakeAfter: clients close connections
+// too of which they have enough.
+func (p *pushProx) connState(conn net.Conn, state http.ConnState) {
+	if state != http.StateActive && state != http.StateClosed {
+		return
+	}
+	given, ok := p.given.LoadAndDelete(conn)
+	if scrape, _ := given.(*pushProxScrape); ok && state == http.StateClosed && scrape.harmless() {
+		time.AfterFunc(retakeAfter, func() {
+			p.mu.Lock()
+			pending := p.scrapes[scrape.id] == scrape
+			p.mu.Unlock()
+			if pending {
+				scrape.client.again(scrape)
+			}
+		})
+	}
+}
+
+// harmless reports whether the client may be given the scrape twice.
+func (x *pushProxScrape) harmless() bool {
+	return (x.req.Method == http.MethodGet || x.req.Method == http.MethodHead) && x.req.Body == nil
+}
+
+// lose says that no poll will get the scrape.
+func (x *pushProxScrape) lose() { x.losing.Do(func() { close(x.lost) }) }
 
 func goingAway() *protocol.Refusal {
 	return protocol.Refusef(http.StatusServiceUnavailable, protocol.CodeDraining, "this proxy is going away")
@@ -336,7 +373,7 @@ func (c *pushProxClient) again(scrape *pushProxScrape) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.err != nil {
-		close(scrape.lost)
+		scrape.lose()
 		return
 	}
 	c.queue = slices.Insert(c.queue, 0, scrape)
@@ -385,7 +422,7 @@ func (c *pushProxClient) endLocked(reason error, why *protocol.Refusal, abort bo
 	c.err = reason
 	p := c.poll
 	for _, scrape := range c.queue {
-		close(scrape.lost)
+		scrape.lose()
 	}
 	c.poll, c.queue = nil, nil
 	c.expire.Stop()
@@ -475,7 +512,7 @@ func (c *pushProxClient) RoundTrip(req *http.Request) (*http.Response, error) {
 		c.queue = append(c.queue, scrape)
 		c.handOver()
 	} else {
-		close(scrape.lost)
+		scrape.lose()
 	}
 	c.mu.Unlock()
 	select {

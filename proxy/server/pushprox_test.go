@@ -745,6 +745,34 @@ func TestPushProxClient(t *testing.T) {
 	}
 }
 
+// TestPushProxDeadPolls: a poll whose connection is closed as it gets a scrape costs that
+// nothing: the next one has it.
+func TestPushProxDeadPolls(t *testing.T) {
+	t.Parallel()
+	p := newProxy(t, func(c *server.Config) { c.ReconnectWait = patience })
+	newRawClient(t, p, "node-a").conn.Close()
+	p.logs.wait(t, "Agent lost", "node-a")
+	for range 3 {
+		answers := later(p, "GET", "http://node-a:1/", "X-Prometheus-Scrape-Timeout-Seconds: 9")
+		for range 3 {
+			dead := rawConn(t, p.addr)
+			io.WriteString(dead, pollText("node-a"))
+			dead.Close()
+		}
+		c := &rawClient{t: t, p: p, name: "node-a"}
+		id := []string(nil)
+		for tries := 0; id == nil && tries < 10; tries++ { // one of these may end this poll
+			c.poll()
+			id = regexp.MustCompile(`(?m)^Id: (\S+)\r$`).FindStringSubmatch(readAnswer(c.r, "POST").body)
+		}
+		if id == nil {
+			t.Fatal("no poll gets the scrape")
+		}
+		c.push("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nId: " + id[1] + "\r\n\r\na\n")
+		received(t, answers, "the answer").ok(t, "a\n")
+	}
+}
+
 // TestPushProxTwins: two clients of one name and one address end each other's polls, which
 // the log tells; not one scrape is lost by it.
 func TestPushProxTwins(t *testing.T) {

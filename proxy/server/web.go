@@ -63,6 +63,7 @@ func (s *Server) listen(purpose string, addresses []string, webConfig string, ha
 			out.Listener = tls.NewListener(l, reloadingTLS(webConfig))
 		}
 		out.server = s.newServer(handler)
+		out.server.ConnState = s.pushProx.connState
 		out.server.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, rawConnKey{}, c)
 		}
