@@ -194,7 +194,9 @@ func (f *Fleet) Written(c Change, revision int64, ok bool) {
 		a.put, a.own = nil, 0
 	}
 	if c.Record != nil && a.generation == c.generation {
-		a.dirty = false
+		// Another proxy may have written the record at the same time, and this one has not
+		// taken over what it says: the two have to end alike.
+		a.dirty = ok && (a.modified > revision || !a.firstSeen.Equal(c.Record.FirstSeen))
 	}
 	if c.Record != nil && ok {
 		a.modified, a.lost = max(a.modified, revision), !c.Record.LostAt.IsZero()
