@@ -121,6 +121,9 @@ func (p *clusterProxy) restart() {
 // One thing after the other goes wrong under a steady load of scrapes and pushes, and is
 // put right again.
 func TestCluster(t *testing.T) {
+	if raceEnabled {
+		t.Skip("ten programs that have to keep their times are too slow with the race detector: run it without -race")
+	}
 	etcd, nginx := external(t, "etcd"), external(t, "nginx")
 	external(t, "prometheus")
 	if err := programs(); err != nil {

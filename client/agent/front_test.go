@@ -205,7 +205,7 @@ func TestFallback(t *testing.T) {
 		p := newProxy(t, nil)
 		f := newFront(t, p, strip("neither"))
 		a := startAgent(t, p, func(c *agent.Config) { c.ProxyURLs = []string{f.URL} })
-		a.logs.wait(t, "Not connected", "proxy_http_version 1.1", "proxy_set_header Upgrade $http_upgrade", "proxy_set_header Connection", "upgrade", "websocket")
+		a.logs.wait(t, "Polling", "proxy_http_version 1.1", "proxy_set_header Upgrade $http_upgrade", "proxy_set_header Connection", "upgrade", "websocket")
 	})
 	t.Run("not without need", func(t *testing.T) {
 		t.Parallel()
@@ -237,8 +237,8 @@ func TestFallback(t *testing.T) {
 		broken = "websocket"
 		mu.Unlock()
 		forget(t, p, "web-1")
-		a.logs.wait(t, "Not connected")
-		if err := a.Reload(a.config(nil)); err != nil { // cuts the wait short
+		a.logs.wait(t, "Polling")
+		if err := a.Reload(a.config(nil)); err != nil { // has it look for the tunnel at once
 			t.Fatal(err)
 		}
 		a.logs.wait(t, "msg=Connected", "transport=upgrade")
