@@ -274,6 +274,7 @@ func TestCluster(t *testing.T) {
 			p.restart()
 			p.awaitReady()
 			eventually(t, time.Minute, connected)
+			time.Sleep(4 * time.Second) // each target is scraped once
 		}
 	}, nothing)
 

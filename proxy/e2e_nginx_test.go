@@ -73,7 +73,7 @@ func TestAgentThroughNginx(t *testing.T) {
 			t.Fatal(err)
 		}
 		agent := start(t, "culvert-client", programDir+"/culvert-client", "--proxy-url=http://"+nginx, "--fqdn=neither", "--metrics-addr=")
-		agent.awaitLog(`level=WARN .*msg="Not connected" .*no-upgrade.*nginx needs proxy_http_version 1.1, proxy_set_header Upgrade \$http_upgrade and proxy_set_header Connection`)
+		agent.awaitLog(`level=WARN .*msg="Polling, .*no-upgrade.*nginx needs proxy_http_version 1.1, proxy_set_header Upgrade \$http_upgrade and proxy_set_header Connection`)
 	})
 }
 
