@@ -106,7 +106,8 @@ func (c *Cluster) listen(ctx context.Context) {
 	}
 }
 
-// ask asks a proxy once, of an agent that there is not: any answer is one.
+// ask asks a proxy once, of an agent that there is not: one that takes this proxy for one
+// of its cluster answers.
 func (c *Cluster) ask(ctx context.Context, proxy string, p *peerHearing) {
 	askCtx, cancel := context.WithTimeout(ctx, askEvery)
 	defer cancel()
