@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/json"
 	"net/http"
+	"slices"
 	"sort"
 	"strconv"
 	"time"
@@ -45,7 +46,8 @@ func (g *Gateway) ServeQuery(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	out := bufio.NewWriterSize(w, 64<<10)
 	out.WriteString(`{"status":"success","data":[`)
-	for i, grp := range g.store.snapshot() {
+	groups, _ := g.store.snapshot()
+	for i, grp := range groups {
 		group, err := apiGroup(grp)
 		var text []byte
 		if err == nil {
@@ -91,16 +93,17 @@ func SetAPIHeaders(h http.Header) {
 	h.Set("Cache-Control", "no-cache, no-store, must-revalidate")
 }
 
-// snapshot returns copies of all groups, sorted by ID.
-func (s *Store) snapshot() []group {
+// snapshot returns copies of all groups, sorted by ID, and by their slots when they last
+// changed.
+func (s *Store) snapshot() (groups []group, changed []uint64) {
 	s.mu.RLock()
-	groups := make([]group, 0, len(s.groups))
+	groups, changed = make([]group, 0, len(s.groups)), slices.Clone(s.changed)
 	for _, g := range s.groups {
 		groups = append(groups, *g)
 	}
 	s.mu.RUnlock()
 	sort.Slice(groups, func(i, j int) bool { return groups[i].id < groups[j].id })
-	return groups
+	return groups, changed
 }
 
 func apiGroup(g group) (map[string]any, error) {

@@ -19,10 +19,14 @@ import (
 // where names outside the legacy rules are escaped. So groups are found by the
 // canonical form of their keys, and families of such names by their escaped form.
 type index struct {
-	groups   map[string]*group // by the ID of the canonical key
-	slots    []*group          // every group has a place here, nil: free
-	images   []*image          // of the group in the same slot
-	free     []int32           // free slots
+	groups map[string]*group // by the ID of the canonical key
+	slots  []*group          // every group has a place here, nil: free
+	images []*image          // of the group in the same slot
+	free   []int32           // free slots
+	// changed tells of each slot when its group last changed: the number of that change, of
+	// all since the start.
+	changed  []uint64
+	changes  uint64
 	families map[string]*family
 	foreign  map[string]map[string]struct{} // names outside the legacy rules, by their escaped form
 	shapes   map[string]*shape
@@ -71,9 +75,10 @@ func (x *index) install(g *group, next state) {
 			x.slots[g.slot] = g
 		} else {
 			g.slot = int32(len(x.slots))
-			x.slots, x.images = append(x.slots, g), append(x.images, nil)
+			x.slots, x.images, x.changed = append(x.slots, g), append(x.images, nil), append(x.changed, 0)
 		}
 	}
+	x.noteChange(g)
 	old := g.image
 	if x.differing == 0 && old.sameFamilies(next.image) {
 		g.state, x.images[g.slot] = next, next.image
@@ -96,6 +101,7 @@ func (x *index) remove(g *group) {
 		x.dropEntry(g, b)
 	}
 	delete(x.groups, g.canonical.ID())
+	x.noteChange(g)
 	x.slots[g.slot], x.images[g.slot] = nil, nil
 	x.free = append(x.free, g.slot)
 	sh := x.shapeOf(g.canonical)
@@ -103,6 +109,11 @@ func (x *index) remove(g *group) {
 		delete(x.shapes, shapeID(g.canonical))
 	}
 	g.image = nil // install begins anew where the removal is undone
+}
+
+func (x *index) noteChange(g *group) {
+	x.changes++
+	x.changed[g.slot] = x.changes
 }
 
 // get returns the group of exactly that key.

@@ -579,14 +579,26 @@ type GroupInfo struct {
 	Lifetime            // that counts, by its own pushes or by the rules
 	Up             bool // push_up, where there is an interval
 	Expired        bool // its samples went with the TTL
+
+	// Change grows with each change of the group: of two infos of one group with the same
+	// Change all is the same. It is of this process alone.
+	Change uint64
+}
+
+// Changes returns a number that grows whenever a group comes, goes or changes. What Groups
+// returned at the same number is still true.
+func (s *Store) Changes() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.changes
 }
 
 // Groups tells of all groups, sorted by job and then by the other labels.
 func (s *Store) Groups() []GroupInfo {
-	groups := s.snapshot()
+	groups, changed := s.snapshot()
 	infos := make([]GroupInfo, len(groups))
 	for i, g := range groups {
-		infos[i] = GroupInfo{Key: g.key, Lifetime: g.life, Up: g.up, Expired: g.expired}
+		infos[i] = GroupInfo{Key: g.key, Lifetime: g.life, Up: g.up, Expired: g.expired, Change: changed[g.slot]}
 		if g.pushed > 0 {
 			infos[i].Pushed = time.Unix(0, g.pushed)
 		}
