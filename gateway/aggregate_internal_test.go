@@ -86,7 +86,7 @@ func stored(f *dto.MetricFamily) (*dto.MetricFamily, error) {
 		return nil, err
 	}
 	im := newImage([]prepared{p})
-	return im.decode(im.block(0))
+	return im.block(0).decode()
 }
 
 // parseSamples reads samples of the metric m, one a line.

@@ -109,7 +109,7 @@ func (s *Store) snapshot() (groups []group, changed []uint64) {
 func apiGroup(g group) (map[string]any, error) {
 	out := map[string]any{}
 	for _, b := range g.image.blocks() {
-		f, err := g.image.decode(b)
+		f, err := b.decode()
 		if err != nil {
 			return nil, err
 		}

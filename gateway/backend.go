@@ -5,8 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"iter"
 	"maps"
+	"math"
 	"slices"
 	"time"
 
@@ -93,7 +93,7 @@ func (r *Record) AppendBinary(out []byte) ([]byte, error) {
 	if st.expired {
 		number(recordExpired, 1)
 	}
-	var head []byte
+	var head, series []byte
 	for _, b := range st.image.blocks() {
 		m := b.meta.Value()
 		if isGenerated(m.name) {
@@ -102,7 +102,7 @@ func (r *Record) AppendBinary(out []byte) ([]byte, error) {
 		if b.pushed != st.pushed {
 			number(recordAge, st.pushed-b.pushed)
 		}
-		series := st.image.protoOf(b)
+		series = b.appendProto(series[:0])
 		head = appendFamilyHead(head[:0], m.name, m.help, m.unit, m.kind)
 		out = protowire.AppendTag(out, recordFamily, protowire.BytesType)
 		out = protowire.AppendVarint(out, uint64(len(head)+len(series)))
@@ -191,29 +191,12 @@ func (r *Record) UnmarshalBinary(data []byte) error {
 // each, little-endian.
 func (r *Record) AppendRepeat(out []byte) []byte {
 	out = binary.LittleEndian.AppendUint64(out, uint64(r.state.pushed))
-	for _, b := range r.state.image.blocks() {
-		if !isGenerated(b.name()) {
-			for value := range valuesOf(r.state.image.protoOf(b)) {
-				out = append(out, value...)
-			}
+	for i, n := range r.state.image.order {
+		if n != noValue {
+			out = binary.LittleEndian.AppendUint64(out, math.Float64bits(r.state.image.values[i]))
 		}
 	}
 	return out
-}
-
-// valuesOf returns the places of the values in encoded series that each are a tag, a
-// length and a Metric that ends with its value: those of a body with a layout.
-func valuesOf(series []byte) iter.Seq[[]byte] {
-	return func(yield func([]byte) bool) {
-		for len(series) > 0 {
-			size, used := protowire.ConsumeVarint(series[1:])
-			end := 1 + used + int(size)
-			if !yield(series[end-8 : end]) {
-				return
-			}
-			series = series[end:]
-		}
-	}
 }
 
 // ApplyRepeat returns the record that follows on one, both as AppendBinary appends

@@ -197,7 +197,7 @@ func TestStopWithWritesInFlight(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() { ended <- store.Run(ctx) }()
-		s := gated{server: server{t, gateway.New(gateway.Config{}, store)}, backend: backend}
+		s := gated{server: server{t, gateway.New(gateway.Config{}, store), store}, backend: backend}
 		inFlight, waits := s.send("PUT", "/a", "m 1\n"), s.send("PUT", "/b", "m 2\n")
 		stop()
 		synctest.Wait()

@@ -84,12 +84,13 @@ func FuzzBody(f *testing.F) {
 			if kind == "gauge_histogram" {
 				kind = "histogram"
 			}
-			exposition := append([]byte("# TYPE "+name+" "+kind+"\n"), p.text...)
+			exposition := append([]byte("# TYPE "+name+" "+kind+"\n"), p.appendText(nil)...)
 			if err := readAll(exposition, "text/plain; version=0.0.4"); err != nil {
 				t.Fatalf("Prometheus can't read\n%s\n%v", exposition, err)
 			}
 			head := appendFamilyHead(nil, name, "", "", p.meta.Value().kind)
-			message := append(append(appendLength(nil, len(head)+len(p.proto)), head...), p.proto...)
+			series := p.appendProto(nil)
+			message := append(append(appendLength(nil, len(head)+len(series)), head...), series...)
 			if err := readAll(message, string(expfmt.NewFormat(expfmt.TypeProtoDelim))); err != nil {
 				family, _ := p.decode()
 				t.Fatalf("Prometheus can't read %v: %v", family, err)

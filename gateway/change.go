@@ -148,7 +148,7 @@ func (s *Store) edit(e *edit) (*step, error) {
 	}
 	next := s.build(g.key, g.afterPush(e), families, s.config.Now())
 	if e.aggregate == nil && len(families) == len(pushed.families) {
-		next.image.layout, next.image.order = e.layout, pushed.order
+		next.image.setLayout(e.layout, pushed.order)
 	}
 	st := &step{group: g, old: g.state, new: next, created: !exists}
 	s.install(g, next)
@@ -240,7 +240,7 @@ func (s *Store) build(key Key, st state, families []prepared, now time.Time) sta
 func (s *Store) rebuild(g *group, next state, now time.Time) state {
 	next = s.build(g.key, next, withoutGenerated(g.image), now)
 	if g.image != nil && !next.expired {
-		next.image.layout, next.image.order = g.image.layout, g.image.order
+		next.image.setLayout(g.image.layout, slices.DeleteFunc(slices.Clone(g.image.order), func(n uint16) bool { return n == noValue }))
 	}
 	return next
 }
@@ -253,7 +253,7 @@ func (a *aggregation) apply(g *group, pushed []prepared, now int64) (merged []pr
 		f, err := p.decode()
 		b, exists := g.image.find(p.name())
 		if err == nil && exists {
-			old, err = g.image.decode(b)
+			old, err = b.decode()
 		}
 		if err == nil {
 			f, err = a.merge(old, f) // of a first push too: the second must not find it can't

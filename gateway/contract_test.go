@@ -1018,7 +1018,7 @@ func TestWeakPoints(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			go store.Run(ctx)
-			s := server{t, gateway.New(gateway.Config{}, store)}
+			s := server{t, gateway.New(gateway.Config{}, store), store}
 			backend.fails.Store(true)
 			s.want(503, "PUT", "/j", "m 1\n")
 			time.Sleep(time.Minute) // of the bubble's clock, as all here

@@ -18,54 +18,35 @@ import (
 	"github.com/prometheus/common/model"
 )
 
-// view is a family as a scrape sees it: entries of all groups, taken at one moment.
-type view struct {
-	name, help string
-	kind       dto.MetricType
-	own        *dto.MetricFamily // the server's own series of that name, if any
-	entries    []entry
-	images     []*image // by slot, as they were at that moment
-}
-
-// views takes all families at one moment, so that no scrape sees half a push.
-// Images are immutable, so the lock is held for as long as it takes to copy
-// pointers.
-func (s *Store) views() map[string]*view {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	views := make(map[string]*view, len(s.families))
-	images := slices.Clone(s.images)
-	for name, f := range s.families {
-		f.shared.Store(true)
-		views[name] = &view{name: name, help: f.help, kind: f.kind, entries: f.entries, images: images}
-	}
-	return views
-}
-
-// expose answers a scrape with families of the groups and the server's own, which
+// expose answers a scrape with the groups of a moment and the server's own families, which
 // determine HELP.
-func expose(w http.ResponseWriter, r *http.Request, views map[string]*view, own []*dto.MetricFamily, zip *Gzip, logger *slog.Logger) {
+func expose(w http.ResponseWriter, r *http.Request, at *moment, own []*dto.MetricFamily, kept *expositions, logger *slog.Logger) {
 	for _, f := range own {
-		v := views[f.GetName()]
-		if v == nil {
-			v = &view{name: f.GetName()}
-			views[v.name] = v
+		h := at.heads[f.GetName()]
+		if h == nil {
+			h = &head{name: f.GetName()}
+			at.heads[h.name] = h
 		}
-		v.own, v.kind, v.help = f, f.GetType(), f.GetHelp()
+		h.kind, h.help, h.unit, h.own = f.GetType(), f.GetHelp(), f.GetUnit(), f.Metric
 	}
-	format, buffered, done := startExposition(w, r, zip)
-	defer done()
-	for _, name := range slices.Sorted(maps.Keys(views)) {
-		if err := views[name].write(buffered, format); err != nil {
-			// The status is out: what is written must not pass for the whole.
-			logger.Error("A scrape broke off", "metric", name, "err", err)
-			panic(http.ErrAbortHandler)
-		}
+	format := negotiate(r.Header)
+	var err error
+	var sections []*section
+	if encoded := format.FormatType(); encoded == expfmt.TypeTextPlain || encoded == expfmt.TypeProtoDelim {
+		sections, err = kept.refresh(at, format)
 	}
-	if format.FormatType() == expfmt.TypeOpenMetrics {
-		expfmt.FinalizeOpenMetrics(buffered)
+	if err != nil {
+		logger.Error("A scrape can't be answered", "err", err)
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
 	}
-	buffered.Flush()
+	out := startExposition(w, r, format, kept.zip)
+	if err := at.write(out, format, sections); err != nil {
+		// The status is out: what is written must not pass for the whole.
+		logger.Error("A scrape broke off", "err", err)
+		panic(http.ErrAbortHandler)
+	}
+	out.end()
 }
 
 // ServeFamilies answers a scrape with families that come sorted by name, in the
@@ -76,8 +57,9 @@ func expose(w http.ResponseWriter, r *http.Request, views map[string]*view, own 
 // describes it. In protobuf each part is a message of its own, which Prometheus
 // takes for the same. A family that can't be encoded is left out and logged.
 func ServeFamilies(w http.ResponseWriter, r *http.Request, families iter.Seq[*dto.MetricFamily], logger *slog.Logger) {
-	format, out, done := startExposition(w, r, standardGzip)
-	defer done()
+	format := negotiate(r.Header)
+	out := startExposition(w, r, format, standardGzip)
+	defer out.end()
 	var encoded bytes.Buffer
 	last := ""
 	for f := range families {
@@ -100,21 +82,52 @@ func ServeFamilies(w http.ResponseWriter, r *http.Request, families iter.Seq[*dt
 	if format.FormatType() == expfmt.TypeOpenMetrics {
 		expfmt.FinalizeOpenMetrics(out)
 	}
-	out.Flush()
 }
 
-// startExposition negotiates how a scrape is answered, and writes the header. done
-// ends the compression, and must be called after the writer was flushed.
-func startExposition(w http.ResponseWriter, r *http.Request, zip *Gzip) (format expfmt.Format, out *bufio.Writer, done func()) {
-	format = negotiate(r.Header)
+// exposition is the body of an answer to a scrape.
+type exposition struct {
+	out *bufio.Writer
+	zip *gzipWriter // to out, nil: nothing is compressed
+}
+
+// startExposition writes the header of an answer. The body must be ended.
+func startExposition(w http.ResponseWriter, r *http.Request, format expfmt.Format, zip *Gzip) *exposition {
 	w.Header().Set("Content-Type", string(format))
 	w.Header().Add("Vary", "Accept, Accept-Encoding")
-	if !AcceptsGzip(r.Header) {
-		return format, bufio.NewWriterSize(w, 64<<10), func() {}
+	out := &exposition{out: bufio.NewWriterSize(w, 64<<10)}
+	if AcceptsGzip(r.Header) {
+		w.Header().Set("Content-Encoding", "gzip")
+		out.zip = newGzipWriter(out.out, zip)
 	}
-	w.Header().Set("Content-Encoding", "gzip")
-	zw, done := zip.writer(w)
-	return format, bufio.NewWriterSize(zw, 64<<10), done
+	return out
+}
+
+func (e *exposition) Write(b []byte) (int, error) {
+	if e.zip != nil {
+		return e.zip.Write(b)
+	}
+	return e.out.Write(b)
+}
+
+// writeSeries writes series of a section.
+func (e *exposition) writeSeries(f *sectionFamily) error {
+	var err error
+	switch {
+	case f.plain:
+		_, err = e.Write(f.data)
+	case e.zip != nil:
+		err = e.zip.writeDeflated(f.deflated)
+	default:
+		err = f.inflate(e.out)
+	}
+	return err
+}
+
+func (e *exposition) end() {
+	if e.zip != nil {
+		e.zip.Close()
+	}
+	e.out.Flush() // an error is the scraper's going away
 }
 
 // negotiate chooses protobuf or text by the Accept header; OpenMetrics for a
@@ -165,116 +178,119 @@ func AcceptsGzip(h http.Header) bool {
 	return false
 }
 
-// write writes the family in the given format. Text and protobuf are put together
-// from what was encoded when it was pushed.
-func (v *view) write(w *bufio.Writer, format expfmt.Format) error {
-	escaping := format.ToEscapingScheme()
-	switch format.FormatType() {
-	case expfmt.TypeTextPlain:
-		return v.writeText(w, escaping)
-	case expfmt.TypeProtoDelim:
-		if !v.foreign() {
-			return v.writeProto(w)
+// write writes all families. Text and protobuf are put together from sections, the other
+// formats are made anew. It returns nil where the scraper went away.
+func (at *moment) write(out *exposition, format expfmt.Format, sections []*section) error {
+	kind, escaping := format.FormatType(), format.ToEscapingScheme()
+	next := make([]int, len(sections)) // family of each
+	anew := at.decoder()
+	var series []*sectionFamily
+	for _, name := range slices.Sorted(maps.Keys(at.heads)) {
+		h := at.heads[name]
+		series = series[:0]
+		for i, sec := range sections {
+			if n := next[i]; n < len(sec.families) && sec.families[n].name == name {
+				series = append(series, &sec.families[n])
+				next[i]++
+			}
+		}
+		var start []byte
+		var err error
+		switch kind {
+		case expfmt.TypeTextPlain:
+			start, err = h.text(escaping)
+		case expfmt.TypeProtoDelim:
+			start, err = h.proto(escaping, series)
+		default:
+			var f *dto.MetricFamily
+			if f, err = anew.decode(h); err == nil && len(f.Metric) > 0 {
+				err = expfmt.NewEncoder(out, format).Encode(f)
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("metric %q: %w", name, err)
+		}
+		if _, err := out.Write(start); err != nil {
+			return nil
+		}
+		for _, f := range series {
+			if out.writeSeries(f) != nil {
+				return nil
+			}
 		}
 	}
-	f, err := v.decode()
-	if err != nil {
-		return err
+	if kind == expfmt.TypeOpenMetrics {
+		expfmt.FinalizeOpenMetrics(out)
 	}
-	if len(f.Metric) == 0 {
-		return nil
-	}
-	return expfmt.NewEncoder(w, format).Encode(f)
+	return nil
 }
 
-// foreign reports whether what is written depends on the escaping scheme.
-func (v *view) foreign() bool {
-	return slices.ContainsFunc(v.entries, func(e entry) bool { return e.block(v.images).meta.Value().foreign })
-}
-
-func (v *view) writeText(w *bufio.Writer, escaping model.EscapingScheme) error {
-	name := v.name
+// text returns HELP and TYPE, and the server's own series.
+func (h *head) text(escaping model.EscapingScheme) ([]byte, error) {
+	name := h.name
 	if !model.LegacyValidation.IsValidMetricName(name) {
 		if name = model.EscapeName(name, escaping); escaping == model.NoEscaping {
 			name = `"` + labelEscaper.Replace(name) + `"`
 		}
 	}
-	if v.help != "" {
-		fmt.Fprintf(w, "# HELP %s %s\n", name, helpEscaper.Replace(v.help))
+	var out []byte
+	if h.help != "" {
+		out = fmt.Appendf(out, "# HELP %s %s\n", name, helpEscaper.Replace(h.help))
 	}
-	kind := typeName(v.kind)
-	if v.kind == dto.MetricType_GAUGE_HISTOGRAM {
+	kind := typeName(h.kind)
+	if h.kind == dto.MetricType_GAUGE_HISTOGRAM {
 		kind = "histogram"
 	}
-	fmt.Fprintf(w, "# TYPE %s %s\n", name, kind)
-	if v.own != nil {
-		text, err := encodeText(v.name, v.kind, v.own.Metric, escaping, false)
-		if err != nil {
-			return err
-		}
-		w.Write(text)
+	out = fmt.Appendf(out, "# TYPE %s %s\n", name, kind)
+	if h.own == nil {
+		return out, nil
 	}
-	for _, e := range v.entries {
-		im, b := v.images[e.slot], e.block(v.images)
-		text := im.textOf(b)
-		if escaping != model.UnderscoreEscaping && b.meta.Value().foreign {
-			f, err := im.decode(b)
-			if err == nil {
-				text, err = encodeText(v.name, v.kind, f.Metric, escaping, true)
-			}
-			if err != nil {
-				return err
-			}
-		}
-		if _, err := w.Write(text); err != nil {
-			return nil // the scraper went away
-		}
-	}
-	return nil
+	own, err := encodeText(h.name, h.kind, h.own, escaping, false)
+	return append(out, own...), err
 }
 
 var helpEscaper = strings.NewReplacer(`\`, `\\`, "\n", `\n`)
 
-func (v *view) writeProto(w *bufio.Writer) error {
-	series := make([][]byte, 0, len(v.entries)+1)
-	unit := ""
-	if v.own != nil {
-		own, err := encodeProto(v.own.Metric)
-		if err != nil {
-			return err
-		}
-		series = append(series, own)
-		unit = v.own.GetUnit()
+// proto returns what a delimited message has in front of the series that follow: its size,
+// all that describes the family, and the server's own series.
+func (h *head) proto(escaping model.EscapingScheme, follow []*sectionFamily) ([]byte, error) {
+	own, err := encodeProto(h.own)
+	if err != nil {
+		return nil, err
 	}
-	size := 0
-	for _, e := range v.entries {
-		series = append(series, v.images[e.slot].protoOf(e.block(v.images)))
+	name := h.name
+	if !model.LegacyValidation.IsValidMetricName(name) {
+		name = model.EscapeName(name, escaping)
 	}
-	head := appendFamilyHead(nil, v.name, v.help, unit, v.kind)
-	for _, s := range series {
-		size += len(s)
+	start := append(appendFamilyHead(nil, name, h.help, h.unit, h.kind), own...)
+	size := len(start)
+	for _, f := range follow {
+		size += int(f.size)
 	}
-	w.Write(appendLength(nil, len(head)+size))
-	w.Write(head)
-	for _, s := range series {
-		if _, err := w.Write(s); err != nil {
-			return nil // the scraper went away
-		}
-	}
-	return nil
+	return append(appendLength(nil, size), start...), nil
 }
 
-// decode returns the whole family, for the formats that are made anew.
-func (v *view) decode() (*dto.MetricFamily, error) {
-	f := &dto.MetricFamily{Name: &v.name, Type: &v.kind}
-	if v.help != "" {
-		f.Help = &v.help
+// decoder decodes the families of a moment, in the order of their names.
+type decoder struct {
+	*moment
+	next []int // family of each group
+}
+
+func (at *moment) decoder() decoder { return decoder{at, make([]int, len(at.slots))} }
+
+// decode returns a whole family.
+func (d decoder) decode(h *head) (*dto.MetricFamily, error) {
+	f := &dto.MetricFamily{Name: &h.name, Type: &h.kind, Metric: slices.Clone(h.own)}
+	if h.help != "" {
+		f.Help = &h.help
 	}
-	if v.own != nil {
-		f.Metric = append(f.Metric, v.own.Metric...)
-	}
-	for _, e := range v.entries {
-		part, err := v.images[e.slot].decode(e.block(v.images))
+	for i, slot := range d.slots {
+		im, n := d.images[slot], d.next[i]
+		if n == len(im.parts) || im.parts[n].name() != h.name {
+			continue
+		}
+		d.next[i]++
+		part, err := im.block(n).decode()
 		if err != nil {
 			return nil, err
 		}

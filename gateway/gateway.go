@@ -58,6 +58,7 @@ type Gateway struct {
 	config  Config
 	store   *Store
 	metrics *metrics
+	kept    *expositions
 
 	// memory is what bodies of more than smallBody may have together.
 	memory *semaphore.Weighted
@@ -77,7 +78,7 @@ func New(config Config, store *Store) *Gateway {
 		config.Gzip = standardGzip
 	}
 	return &Gateway{
-		config: config, store: store, metrics: newMetrics(config.Registerer, store),
+		config: config, store: store, metrics: newMetrics(config.Registerer, store), kept: newExpositions(config.Gzip),
 		memory:  semaphore.NewWeighted(max(4*config.MaxBodySize, 256<<20)),
 		parsing: make(chan struct{}, 4*runtime.GOMAXPROCS(0)), parsingLarge: make(chan struct{}, 2),
 	}
@@ -348,7 +349,7 @@ func (g *Gateway) refuseOwn(e *edit) {
 // of them with ?only=groups or ?only=self.
 func (g *Gateway) ServeMetrics(w http.ResponseWriter, r *http.Request) {
 	var own []*dto.MetricFamily
-	views := map[string]*view{}
+	at := &moment{heads: map[string]*head{}}
 	only := r.URL.Query().Get("only")
 	switch only {
 	case "", "groups", "self":
@@ -364,14 +365,14 @@ func (g *Gateway) ServeMetrics(w http.ResponseWriter, r *http.Request) {
 	}
 	switch err := g.store.isLoaded(); {
 	case err == nil && only != "self":
-		views = g.store.views()
+		at = g.store.moment()
 	case err != nil && only == "groups":
 		// Without them all their series would seem to be gone.
 		w.Header().Set("Retry-After", strconv.Itoa(retryAfter))
 		http.Error(w, err.Error(), http.StatusServiceUnavailable)
 		return
 	}
-	expose(w, r, views, own, g.config.Gzip, g.store.config.Logger)
+	expose(w, r, at, own, g.kept, g.store.config.Logger)
 }
 
 // ServeOwn answers a scrape where there is no store: with the server's own metrics.
@@ -380,5 +381,5 @@ func ServeOwn(w http.ResponseWriter, r *http.Request, own *Own, logger *slog.Log
 	if err != nil {
 		logger.Error("The server's own metrics are not complete", "err", err)
 	}
-	expose(w, r, map[string]*view{}, families, standardGzip, logger)
+	expose(w, r, &moment{heads: map[string]*head{}}, families, newExpositions(standardGzip), logger)
 }

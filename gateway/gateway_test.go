@@ -33,6 +33,7 @@ func (c *clock) advance(d time.Duration) { c.nanos.Add(int64(d)) }
 type server struct {
 	t testing.TB
 	*gateway.Gateway
+	store *gateway.Store
 }
 
 func start(t testing.TB, config gateway.StoreConfig, backend gateway.Backend) server {
@@ -56,7 +57,7 @@ func startGateway(t testing.TB, own gateway.Config, config gateway.StoreConfig, 
 			t.Error(err)
 		}
 	})
-	return server{t, gateway.New(own, store)}
+	return server{t, gateway.New(own, store), store}
 }
 
 // do sends a request for /metrics/job + path.

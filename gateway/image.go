@@ -1,12 +1,12 @@
 package gateway
 
 import (
+	"cmp"
 	"iter"
+	"math"
 	"slices"
 	"strings"
 	"unique"
-
-	dto "github.com/prometheus/client_model/go"
 )
 
 // image is all families of a group, immutable. It is a few pieces of memory: most groups
@@ -15,63 +15,85 @@ import (
 // images before and after.
 type image struct {
 	*frame
-	places []moving // of the families, in the same order
-	data   []byte   // of all families: the text and the protobuf of their series
+	values []float64 // of the series of plain families
+	pushed int64     // when the pushed families came, in Unix nanoseconds
+	times  []int64   // the same of each family, nil: they came together
 }
 
 // frame is what an image has beside values and times.
 type frame struct {
-	parts  []fixed  // sorted by name
+	parts  []extent // sorted by name
 	hashes []uint64 // of the series of all families
-	// layout is that of the last push where it brought all pushed families, and order
-	// tells for each of their series which value of the body it has.
+	data   []byte   // of all families: prepared.text and prepared.proto
+	// layout is that of the last push where it brought all pushed families. order then
+	// tells for each series which value of the body it has.
 	layout layout
 	order  []uint16
 }
 
-// fixed is what does not change of a block.
-type fixed struct {
-	meta   unique.Handle[meta]
-	first  uint32 // its first series
-	series uint32 // how many it has
-	proto  uint32 // size
+// noValue is in order for series of the gateway itself.
+const noValue = math.MaxUint16
+
+// extent is a family in a frame, up to where the next one starts.
+type extent struct {
+	meta  unique.Handle[meta]
+	first uint32 // of its series
+	start uint32 // in the data
+	proto uint32 // so many bytes at its end are prepared.proto, 0: it is plain
 }
 
-// moving is where a family stands in the data: its text, and behind that the protobuf.
-type moving struct {
-	pushed      int64 // Unix nanoseconds
-	start, text uint32
-}
-
-// block is a family in an image.
-type block struct {
-	fixed
-	moving
-}
+func (p extent) name() string { return p.meta.Value().name }
 
 // newImage builds an image of families, sorted by name.
 func newImage(families []prepared) *image {
-	size, series := 0, 0
+	size, series, plain := 0, 0, false
 	for _, p := range families {
 		size += len(p.text) + len(p.proto)
 		series += len(p.series)
+		plain = plain || p.plain()
 	}
-	im := &image{
-		frame:  &frame{parts: make([]fixed, 0, len(families)), hashes: make([]uint64, 0, series)},
-		places: make([]moving, 0, len(families)), data: make([]byte, 0, size),
+	im := &image{frame: &frame{parts: make([]extent, 0, len(families)), hashes: make([]uint64, 0, series), data: make([]byte, 0, size)}}
+	if plain {
+		im.values = make([]float64, series)
 	}
 	for _, p := range families {
-		im.parts = append(im.parts, fixed{p.meta, uint32(len(im.hashes)), uint32(len(p.series)), uint32(len(p.proto))})
-		im.places = append(im.places, moving{p.pushed, uint32(len(im.data)), uint32(len(p.text))})
+		copy(im.values[min(len(im.hashes), len(im.values)):], p.values)
+		im.parts = append(im.parts, extent{p.meta, uint32(len(im.hashes)), uint32(len(im.data)), uint32(len(p.proto))})
 		im.hashes = append(im.hashes, p.series...)
 		im.data = append(append(im.data, p.text...), p.proto...)
+		if !isGenerated(p.name()) {
+			im.pushed = max(im.pushed, p.pushed)
+		}
+	}
+	if slices.ContainsFunc(families, func(p prepared) bool { return p.pushed != im.pushed && !isGenerated(p.name()) }) {
+		im.times = make([]int64, len(families))
+		for i, p := range families {
+			im.times[i] = p.pushed
+		}
 	}
 	return im
 }
 
+// setLayout notes that the pushed families came in a body of that layout; order tells for
+// their series which value of the body each has. It is called before the image is used.
+func (im *image) setLayout(of layout, order []uint16) {
+	if of.values == 0 {
+		return
+	}
+	im.layout, im.order = of, make([]uint16, 0, len(im.hashes))
+	for _, b := range im.blocks() {
+		if isGenerated(b.name()) {
+			im.order = append(im.order, noValue)
+			continue
+		}
+		im.order = append(im.order, order[:len(b.series)]...)
+		order = order[len(b.series):]
+	}
+}
+
 // blocks returns the families, and their numbers.
-func (im *image) blocks() iter.Seq2[int, block] {
-	return func(yield func(int, block) bool) {
+func (im *image) blocks() iter.Seq2[int, prepared] {
+	return func(yield func(int, prepared) bool) {
 		if im == nil {
 			return
 		}
@@ -83,10 +105,26 @@ func (im *image) blocks() iter.Seq2[int, block] {
 	}
 }
 
-func (im *image) block(i int) block { return block{im.parts[i], im.places[i]} }
+// block returns a family as it was prepared. Its memory is the image's.
+func (im *image) block(i int) prepared {
+	from, first, end := im.parts[i], im.parts[i].first, extent{first: uint32(len(im.hashes)), start: uint32(len(im.data))}
+	if i+1 < len(im.parts) {
+		end = im.parts[i+1]
+	}
+	behind := end.start - from.proto
+	b := prepared{meta: from.meta, series: im.hashes[first:end.first:end.first], text: im.data[from.start:behind:behind], pushed: im.pushed}
+	if from.proto > 0 {
+		b.proto = im.data[behind:end.start:end.start]
+	} else {
+		b.values = im.values[first:end.first:end.first]
+	}
+	if im.times != nil {
+		b.pushed = im.times[i]
+	}
+	return b
+}
 
-// all returns the families that want takes as they were prepared. Their bytes are
-// the image's.
+// all returns the families that want takes. Their memory is the image's.
 func (im *image) all(want func(name string) bool) []prepared {
 	if im == nil {
 		return nil
@@ -94,44 +132,34 @@ func (im *image) all(want func(name string) bool) []prepared {
 	families := make([]prepared, 0, len(im.parts))
 	for _, b := range im.blocks() {
 		if want(b.name()) {
-			families = append(families, prepared{meta: b.meta, series: im.hashesOf(b), text: im.textOf(b), proto: im.protoOf(b), pushed: b.pushed})
+			families = append(families, b)
 		}
 	}
 	return families
 }
 
 // find returns the family of that name.
-func (im *image) find(name string) (b block, ok bool) {
+func (im *image) find(name string) (b prepared, ok bool) {
 	if im == nil {
 		return b, false
 	}
-	i, ok := slices.BinarySearchFunc(im.parts, name, func(p fixed, name string) int { return strings.Compare(p.name(), name) })
+	i, ok := slices.BinarySearchFunc(im.parts, name, func(p extent, name string) int { return strings.Compare(p.name(), name) })
 	if !ok {
 		return b, false
 	}
 	return im.block(i), true
 }
 
-func (p fixed) name() string { return p.meta.Value().name }
-
-func (im *image) textOf(b block) []byte {
-	return im.data[b.start : b.start+b.text : b.start+b.text]
-}
-
-func (im *image) protoOf(b block) []byte {
-	from := b.start + b.text
-	return im.data[from : from+b.proto : from+b.proto]
-}
-
-// hashesOf returns the hashes of the series, in the order of the series.
-func (im *image) hashesOf(b block) []uint64 {
-	return im.hashes[b.first : b.first+b.series : b.first+b.series]
+// familyOf returns the name of the family that the n-th series begins.
+func (im *image) familyOf(n int) string {
+	i, _ := slices.BinarySearchFunc(im.parts, uint32(n), func(p extent, n uint32) int { return cmp.Compare(p.first, n) })
+	return im.parts[i].name()
 }
 
 // sameFamilies reports whether two images have the same families, with the same
 // types and HELP.
 func (im *image) sameFamilies(other *image) bool {
-	return im != nil && (im.frame == other.frame || slices.EqualFunc(im.parts, other.parts, func(a, b fixed) bool { return a.meta == b.meta }))
+	return im != nil && (im.frame == other.frame || slices.EqualFunc(im.parts, other.parts, func(a, b extent) bool { return a.meta == b.meta }))
 }
 
 // same reports which of some families, sorted by name, the image has with the same
@@ -146,12 +174,7 @@ func (im *image) same(families []prepared) []bool {
 		for n < len(im.parts) && im.parts[n].meta != p.meta && im.parts[n].name() < p.name() {
 			n++
 		}
-		same[i] = n < len(im.parts) && im.parts[n].meta == p.meta && slices.Equal(im.hashesOf(im.block(n)), p.series)
+		same[i] = n < len(im.parts) && im.parts[n].meta == p.meta && slices.Equal(im.block(n).series, p.series)
 	}
 	return same
-}
-
-// decode returns the family as a message.
-func (im *image) decode(b block) (*dto.MetricFamily, error) {
-	return prepared{meta: b.meta, proto: im.protoOf(b)}.decode()
 }

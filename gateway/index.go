@@ -1,12 +1,11 @@
 package gateway
 
 import (
-	"cmp"
 	"fmt"
 	"log/slog"
+	"math"
 	"slices"
 	"strings"
-	"sync/atomic"
 
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/model"
@@ -26,6 +25,7 @@ type index struct {
 	// changed tells of each slot when its group last changed: the number of that change, of
 	// all since the start.
 	changed  []uint64
+	opens    []bool // of each slot whether its group opensSection
 	changes  uint64
 	families map[string]*family
 	foreign  map[string]map[string]struct{} // names outside the legacy rules, by their escaped form
@@ -38,20 +38,12 @@ type index struct {
 // family is all blocks of one metric name.
 type family struct {
 	kind    dto.MetricType
-	entries []entry // sorted by group ID
-	// shared: a scrape may still read entries, so they are copied before a change.
-	shared  atomic.Bool
+	slots   []int32        // of its groups, sorted by their IDs
 	help    string         // of the most recent push
 	helpAt  int64          // when that was, where there is more than one HELP
 	helps   map[string]int // blocks by HELP
 	differs bool           // there is more than one HELP
 }
-
-// entry is one block: the n-th of the image in a slot. A push that brings the same
-// families as the one before changes the image alone.
-type entry struct{ slot, n int32 }
-
-func (e entry) block(images []*image) block { return images[e.slot].block(int(e.n)) }
 
 // shape is a set of label names that are the key of some groups. Series of two
 // groups can be equal only where the labels of one contain the key of the other:
@@ -75,14 +67,16 @@ func (x *index) install(g *group, next state) {
 			x.slots[g.slot] = g
 		} else {
 			g.slot = int32(len(x.slots))
-			x.slots, x.images, x.changed = append(x.slots, g), append(x.images, nil), append(x.changed, 0)
+			x.slots, x.images = append(x.slots, g), append(x.images, nil)
+			x.changed, x.opens = append(x.changed, 0), append(x.opens, false)
 		}
+		x.opens[g.slot] = opensSection(g.id)
 	}
 	x.noteChange(g)
 	old := g.image
 	if x.differing == 0 && old.sameFamilies(next.image) {
 		g.state, x.images[g.slot] = next, next.image
-		return // what jobs do again and again: all entries are right as they are
+		return // what jobs do again and again: the families have it already
 	}
 	for _, b := range old.blocks() {
 		if _, stays := next.image.find(b.name()); !stays {
@@ -90,8 +84,8 @@ func (x *index) install(g *group, next state) {
 		}
 	}
 	g.state, x.images[g.slot] = next, next.image
-	for i := range next.image.parts {
-		x.putEntry(g, int32(i), old)
+	for _, b := range next.image.blocks() {
+		x.putEntry(g, b, old)
 	}
 }
 
@@ -209,20 +203,12 @@ func (x *index) twin(key Key) *group {
 
 // find returns the place of a group in a family.
 func (x *index) find(f *family, g *group) (int, bool) {
-	return slices.BinarySearchFunc(f.entries, g.id, func(e entry, id string) int { return strings.Compare(x.slots[e.slot].id, id) })
+	return slices.BinarySearchFunc(f.slots, g.id, func(slot int32, id string) int { return strings.Compare(x.slots[slot].id, id) })
 }
 
-// own makes entries changeable.
-func (f *family) own() {
-	if f.shared.Swap(false) {
-		f.entries = slices.Clone(f.entries)
-	}
-}
-
-// putEntry adds the n-th block of the group's image to its family, or replaces that
-// of the image before.
-func (x *index) putEntry(g *group, n int32, before *image) {
-	b := g.image.block(int(n))
+// putEntry notes a block of the group's image in its family, in place of that of the
+// image before.
+func (x *index) putEntry(g *group, b prepared, before *image) {
 	m := b.meta.Value()
 	f := x.families[m.name]
 	if f == nil {
@@ -236,13 +222,8 @@ func (x *index) putEntry(g *group, n int32, before *image) {
 			x.foreign[escaped][m.name] = struct{}{}
 		}
 	}
-	e := entry{g.slot, n}
 	if i, found := x.find(f, g); !found {
-		f.own()
-		f.entries = slices.Insert(f.entries, i, e)
-	} else if f.entries[i] != e {
-		f.own()
-		f.entries[i] = e
+		f.slots = slices.Insert(f.slots, i, g.slot)
 	}
 	f.kind = m.kind
 	f.helps[m.help]++
@@ -255,7 +236,7 @@ func (x *index) putEntry(g *group, n int32, before *image) {
 	case !f.differs:
 		f.help = m.help
 	case f.helpAt == 0 || replaces && old.pushed == f.helpAt || b.pushed == f.helpAt:
-		x.chooseHelp(f)
+		x.chooseHelp(m.name, f)
 	case b.pushed > f.helpAt:
 		f.help, f.helpAt = m.help, b.pushed
 	}
@@ -274,23 +255,22 @@ func (x *index) countDiffering(name string, f *family) {
 	f.differs = len(f.helps) > 1
 }
 
-func (f *family) lostHelp(b block) {
+func (f *family) lostHelp(b prepared) {
 	help := b.meta.Value().help
 	if f.helps[help]--; f.helps[help] == 0 {
 		delete(f.helps, help)
 	}
 }
 
-func (x *index) dropEntry(g *group, b block) {
+func (x *index) dropEntry(g *group, b prepared) {
 	name := b.name()
 	f := x.families[name]
-	f.own()
 	i, _ := x.find(f, g)
-	f.entries = slices.Delete(f.entries, i, i+1)
+	f.slots = slices.Delete(f.slots, i, i+1)
 	f.lostHelp(b)
 	x.countDiffering(name, f)
 	switch {
-	case len(f.entries) == 0:
+	case len(f.slots) == 0:
 		delete(x.families, name)
 		escaped := model.EscapeName(name, model.UnderscoreEscaping)
 		if names := x.foreign[escaped]; names != nil {
@@ -299,20 +279,24 @@ func (x *index) dropEntry(g *group, b block) {
 			}
 		}
 	case !f.differs || f.helpAt == b.pushed:
-		x.chooseHelp(f)
+		x.chooseHelp(name, f)
 	}
 }
 
 // chooseHelp finds the HELP of the most recent push; of those of one time, that of the
 // first group, so that stores that share their groups choose the same.
-func (x *index) chooseHelp(f *family) {
+func (x *index) chooseHelp(name string, f *family) {
 	if !f.differs {
 		for f.help = range f.helps { // there is but one
 		}
 		return
 	}
-	newest := slices.MaxFunc(f.entries, func(a, b entry) int { return cmp.Compare(a.block(x.images).pushed, b.block(x.images).pushed) }).block(x.images)
-	f.help, f.helpAt = newest.meta.Value().help, newest.pushed
+	f.helpAt = math.MinInt64
+	for _, slot := range f.slots {
+		if b, _ := x.images[slot].find(name); b.pushed > f.helpAt {
+			f.help, f.helpAt = b.meta.Value().help, b.pushed
+		}
+	}
 }
 
 // inconsistencies tells what speaks against the families that a group would have
@@ -382,10 +366,10 @@ func (s *Store) inconsistencies(g *group, after, pushed []prepared) []string {
 
 // sharedBeside reports whether a group other than g has the family.
 func (x *index) sharedBeside(f *family, g *group) bool {
-	if len(f.entries) != 1 {
-		return len(f.entries) > 1
+	if len(f.slots) != 1 {
+		return len(f.slots) > 1
 	}
-	return x.slots[f.entries[0].slot].id != g.id
+	return x.slots[f.slots[0]].id != g.id
 }
 
 func typeName(kind dto.MetricType) string { return strings.ToLower(kind.String()) }
@@ -403,7 +387,7 @@ func (s *Store) duplicate(g *group, p prepared) string {
 	for i, m := range f.Metric {
 		owner := s.groupOf(shapes, canonicalLabels(m.Label), func(other *group) bool {
 			b, ok := other.image.find(p.name())
-			return ok && slices.Contains(other.image.hashesOf(b), p.series[i])
+			return ok && slices.Contains(b.series, p.series[i])
 		})
 		if owner != nil {
 			return fmt.Sprintf("metric %q: the labels %s were already seen in the group %s", p.name(), labelString(m.Label), owner.key)

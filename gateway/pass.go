@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -108,8 +110,9 @@ func checkParts(r *http.Request, body []byte, to Pass, what func() string, split
 // Gather returns the families of all groups, as a scrape sees them at one moment. It
 // implements prometheus.Gatherer. What can't be read is left out, and told in the error.
 func (s *Store) Gather() (families []*dto.MetricFamily, err error) {
-	for name, v := range s.views() {
-		f, failed := v.decode()
+	anew := s.moment().decoder()
+	for _, name := range slices.Sorted(maps.Keys(anew.heads)) {
+		f, failed := anew.decode(anew.heads[name])
 		if failed != nil {
 			err = fmt.Errorf("metric %q: %w", name, failed)
 			continue

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -35,24 +36,114 @@ type meta struct {
 	foreign bool
 }
 
-// prepared is one family of a push, labelled, checked and encoded for every way
-// out.
+// prepared is one family of a push, labelled, checked and encoded for every way out.
+// It is plain where its series have a value and nothing else, and names by the legacy
+// rules: then it is kept as text, and most pushes replace its values alone.
 type prepared struct {
 	meta   unique.Handle[meta]
 	series []uint64 // hashes of name and labels
 	// text is the series in text format 0.0.4, without HELP and TYPE, names outside
-	// the legacy rules escaped by underscores.
-	text []byte
-	// proto is the series as the repeated field "metric" of a MetricFamily.
+	// the legacy rules escaped by underscores. Of a plain family it lacks the values: its
+	// lines end behind the blank.
+	text   []byte
+	values []float64 // of a plain family, else nil
+	// proto is the series as the repeated field "metric" of a MetricFamily; nil of a plain
+	// family.
 	proto  []byte
 	pushed int64 // Unix nanoseconds
+}
+
+func (p prepared) plain() bool { return p.proto == nil }
+
+// appendText appends the series in text format 0.0.4: see prepared.text.
+func (p prepared) appendText(out []byte) []byte {
+	if !p.plain() {
+		return append(out, p.text...)
+	}
+	text := p.text
+	for _, value := range p.values {
+		end := bytes.IndexByte(text, '\n')
+		out = append(appendFloat(append(out, text[:end]...), value), '\n')
+		text = text[end+1:]
+	}
+	return out
+}
+
+// appendProto appends the series as the repeated field "metric" of a MetricFamily.
+func (p prepared) appendProto(out []byte) []byte {
+	if !p.plain() {
+		return append(out, p.proto...)
+	}
+	kind, text := p.meta.Value().kind, p.text
+	var buf [16]plainLabel
+	for _, value := range p.values {
+		end := bytes.IndexByte(text, '\n')
+		out = appendPlain(out, kind, appendLabels(buf[:0], text[bytes.IndexByte(text, '{')+1:end]), value)
+		text = text[end+1:]
+	}
+	return out
+}
+
+// appendLabels appends the labels of NAME="VALUE",…} as appendText writes them.
+func appendLabels(labels []plainLabel, text []byte) []plainLabel {
+	for text[0] != '}' {
+		name, rest, _ := bytes.Cut(text, []byte(`="`))
+		end, escaped := 0, false
+		for ; rest[end] != '"'; end++ {
+			if rest[end] == '\\' {
+				escaped = true
+				end++
+			}
+		}
+		value := rest[:end:end]
+		if escaped {
+			value = []byte(unescape(string(value)))
+		}
+		labels = append(labels, plainLabel{name, value})
+		if text = rest[end+1:]; text[0] == ',' {
+			text = text[1:]
+		}
+	}
+	return labels
+}
+
+// appendPlain appends a series with a value to a repeated field "metric"; the fields of
+// io.prometheus.client.Metric that it has are 1 label, and 2 gauge, 3 counter or 5 untyped.
+func appendPlain(out []byte, kind dto.MetricType, labels []plainLabel, value float64) []byte {
+	size := 1 + protowire.SizeBytes(9)
+	for _, l := range labels {
+		size += 1 + protowire.SizeBytes(pairSize(l))
+	}
+	out = protowire.AppendTag(out, metricField, protowire.BytesType)
+	out = protowire.AppendVarint(out, uint64(size))
+	for _, l := range labels {
+		out = protowire.AppendTag(out, 1, protowire.BytesType)
+		out = protowire.AppendVarint(out, uint64(pairSize(l)))
+		out = protowire.AppendBytes(protowire.AppendTag(out, 1, protowire.BytesType), l.name)
+		out = protowire.AppendBytes(protowire.AppendTag(out, 2, protowire.BytesType), l.value)
+	}
+	field := protowire.Number(5)
+	switch kind {
+	case dto.MetricType_GAUGE:
+		field = 2
+	case dto.MetricType_COUNTER:
+		field = 3
+	}
+	out = protowire.AppendTag(out, field, protowire.BytesType)
+	out = protowire.AppendVarint(out, 9)
+	return protowire.AppendFixed64(protowire.AppendTag(out, 1, protowire.Fixed64Type), math.Float64bits(value))
+}
+
+// pairSize returns the size of a label as a LabelPair.
+func pairSize(l plainLabel) int {
+	return 2 + protowire.SizeBytes(len(l.name)) + protowire.SizeBytes(len(l.value))
 }
 
 // decode returns the family as a message.
 func (p prepared) decode() (*dto.MetricFamily, error) {
 	m := p.meta.Value()
 	f := new(dto.MetricFamily)
-	if err := proto.Unmarshal(p.proto, f); err != nil {
+	if err := proto.Unmarshal(p.appendProto(nil), f); err != nil {
 		return nil, fmt.Errorf("metric %q: stored series: %w", m.name, err)
 	}
 	f.Name, f.Type = &m.name, &m.kind
@@ -63,6 +154,13 @@ func (p prepared) decode() (*dto.MetricFamily, error) {
 		f.Unit = &m.unit
 	}
 	return f, nil
+}
+
+// equal reports whether two families are the same in all that a push brings, its time
+// included.
+func (p prepared) equal(o prepared) bool {
+	return p.meta == o.meta && p.pushed == o.pushed && bytes.Equal(p.text, o.text) && bytes.Equal(p.proto, o.proto) &&
+		slices.EqualFunc(p.values, o.values, func(a, b float64) bool { return math.Float64bits(a) == math.Float64bits(b) })
 }
 
 func (p prepared) name() string { return p.meta.Value().name }
@@ -153,10 +251,42 @@ func prepareFamily(key Key, forced []*dto.LabelPair, f *dto.MetricFamily, now in
 	if p.text, err = encodeText(name, m.kind, f.Metric, model.UnderscoreEscaping, m.foreign); err != nil {
 		return p, fmt.Errorf("metric %q: %w", name, err)
 	}
+	if values := plainValues(f.Metric); values != nil && !m.foreign {
+		p.text, p.values = withoutValues(p.text), values
+		return p, nil
+	}
 	if p.proto, err = encodeProto(f.Metric); err != nil {
 		return p, fmt.Errorf("metric %q: %w", name, err)
 	}
 	return p, nil
+}
+
+// plainValues returns the values of series that have nothing beside; nil where one of
+// them is no number, or has an exemplar or the time when it was created.
+func plainValues(series []*dto.Metric) []float64 {
+	values := make([]float64, len(series))
+	for i, m := range series {
+		switch {
+		case m.Gauge != nil:
+			values[i] = m.Gauge.GetValue()
+		case m.Counter != nil && m.Counter.Exemplar == nil && m.Counter.CreatedTimestamp == nil:
+			values[i] = m.Counter.GetValue()
+		case m.Untyped != nil:
+			values[i] = m.Untyped.GetValue()
+		default:
+			return nil
+		}
+	}
+	return values
+}
+
+// withoutValues cuts the values off the lines of a text, in place.
+func withoutValues(text []byte) []byte {
+	out := text[:0]
+	for line := range bytes.Lines(text) {
+		out = append(append(out, line[:bytes.LastIndexByte(line, ' ')+1]...), '\n')
+	}
+	return slices.Clip(out)
 }
 
 // onlyValue reports whether the series has the value field of the type, and takes

@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"math"
@@ -557,7 +556,7 @@ func (st step) maxSize() int {
 	size := 2*len(st.group.id) + 64
 	for _, b := range st.new.image.blocks() {
 		m := b.meta.Value()
-		size += len(m.name) + len(m.help) + len(m.unit) + int(b.proto) + 64
+		size += len(m.name) + len(m.help) + len(m.unit) + max(len(b.proto), 2*len(b.text)+32*len(b.series)) + 64
 	}
 	return s2.MaxEncodedLen(size) + st.keySize()
 }
@@ -729,17 +728,7 @@ func (s *Store) holds(g *group, rec *Record) bool {
 	if g.pushed != rec.state.pushed || g.failed != rec.state.failed || g.named != rec.state.named || g.expired != rec.state.expired {
 		return false
 	}
-	n := 0
-	for _, b := range g.image.blocks() {
-		if isGenerated(b.name()) {
-			continue
-		}
-		if n == len(rec.families) || rec.families[n].meta != b.meta || rec.families[n].pushed != b.pushed || !bytes.Equal(rec.families[n].proto, g.image.protoOf(b)) {
-			return false
-		}
-		n++
-	}
-	return n == len(rec.families)
+	return slices.EqualFunc(withoutGenerated(g.image), rec.families, prepared.equal)
 }
 
 // keyOfID returns the key with that ID.

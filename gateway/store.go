@@ -607,7 +607,7 @@ func (s *Store) Groups() []GroupInfo {
 		}
 		for _, b := range g.image.blocks() {
 			if !isGenerated(b.name()) {
-				infos[i].Series += int(b.series)
+				infos[i].Series += len(b.series)
 			}
 		}
 	}

@@ -14,7 +14,6 @@ import (
 	"github.com/cespare/xxhash/v2"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/model"
-	"google.golang.org/protobuf/encoding/protowire"
 )
 
 // textEncoder does for plain bodies in text format what parseText and prepare do
@@ -29,8 +28,7 @@ type textEncoder struct {
 	now    int64
 
 	families []plainFamily
-	text     []byte // of all series
-	proto    []byte
+	text     []byte // of all series, without their values
 	series   []plainSeries
 	labels   []plainLabel // of all series
 	hash     xxhash.Digest
@@ -63,10 +61,11 @@ type plainFamily struct {
 	series           int
 }
 
-// plainSeries says where a series' encodings and labels end.
+// plainSeries says where a series' text and labels end.
 type plainSeries struct {
-	hash                uint64
-	text, proto, labels int
+	hash         uint64
+	value        float64
+	text, labels int
 }
 
 var textEncoders = sync.Pool{New: func() any {
@@ -117,8 +116,8 @@ func (e *textEncoder) reset(key Key, now int64, size int) {
 		e.forced = append(e.forced, forcedLabel{plainLabel{[]byte(model.InstanceLabel), nil}, true})
 	}
 	e.families, e.series, e.labels = e.families[:0], e.series[:0], e.labels[:0]
-	// The encodings outlive the encoder: the writer copies them into an image.
-	e.text, e.proto = make([]byte, 0, 2*size), make([]byte, 0, 2*size)
+	// The text outlives the encoder: the writer copies it into an image.
+	e.text = make([]byte, 0, 2*size)
 	if len(e.metas) > maxMetas {
 		clear(e.metas)
 	}
@@ -304,18 +303,12 @@ func sortLabels(labels []plainLabel) {
 	}
 }
 
-// valueFields are the field numbers of the value in a Metric, by type.
-var valueFields = map[dto.MetricType]protowire.Number{
-	dto.MetricType_GAUGE: 2, dto.MetricType_COUNTER: 3, dto.MetricType_UNTYPED: 5,
-}
-
-// add encodes a series, as encodeText, encodeProto and hashSeries do.
+// add encodes a series, as encodeText and hashSeries do.
 func (e *textEncoder) add(f *plainFamily, labels []plainLabel, value float64) {
 	e.hash.Reset()
 	e.hash.Write(f.name)
 	e.hash.Write(hashSeparator)
 	e.text = append(append(e.text, f.name...), '{')
-	size := 0
 	for i, l := range labels {
 		e.hash.Write(l.name)
 		e.hash.Write(hashSeparator)
@@ -331,31 +324,9 @@ func (e *textEncoder) add(f *plainFamily, labels []plainLabel, value float64) {
 			e.text = append(e.text, l.value...)
 		}
 		e.text = append(e.text, '"')
-		size += 1 + protowire.SizeBytes(pairSize(l))
 	}
-	e.text = append(e.text, '}', ' ')
-	e.text = append(appendFloat(e.text, value), '\n')
-
-	size += 1 + protowire.SizeBytes(9)
-	p := protowire.AppendTag(e.proto, metricField, protowire.BytesType)
-	p = protowire.AppendVarint(p, uint64(size))
-	for _, l := range labels {
-		p = protowire.AppendTag(p, 1, protowire.BytesType)
-		p = protowire.AppendVarint(p, uint64(pairSize(l)))
-		p = protowire.AppendBytes(protowire.AppendTag(p, 1, protowire.BytesType), l.name)
-		p = protowire.AppendBytes(protowire.AppendTag(p, 2, protowire.BytesType), l.value)
-	}
-	p = protowire.AppendTag(p, valueFields[f.kind], protowire.BytesType)
-	p = protowire.AppendVarint(p, 9)
-	p = protowire.AppendFixed64(protowire.AppendTag(p, 1, protowire.Fixed64Type), math.Float64bits(value))
-	e.proto = p
-
-	e.series = append(e.series, plainSeries{hash: e.hash.Sum64(), text: len(e.text), proto: len(e.proto), labels: len(e.labels)})
-}
-
-// pairSize returns the size of a label as a LabelPair.
-func pairSize(l plainLabel) int {
-	return 2 + protowire.SizeBytes(len(l.name)) + protowire.SizeBytes(len(l.value))
+	e.text = append(e.text, "} \n"...)
+	e.series = append(e.series, plainSeries{hash: e.hash.Sum64(), value: value, text: len(e.text), labels: len(e.labels)})
 }
 
 // appendFloat appends a float as the text format writes it.
@@ -365,6 +336,8 @@ func appendFloat(b []byte, f float64) []byte {
 		return append(b, '0')
 	case math.IsInf(f, +1):
 		return append(b, "+Inf"...)
+	case f > -1e6 && f < 1e6 && f == math.Trunc(f): // larger ones get an exponent
+		return strconv.AppendInt(b, int64(f), 10)
 	}
 	return strconv.AppendFloat(b, f, 'g', -1, 64)
 }
@@ -376,7 +349,7 @@ func (e *textEncoder) result(want func(name string) bool) (out pushedFamilies, o
 	if e.interleaved() {
 		return out, false // the slow way puts them together
 	}
-	hashes := make([]uint64, len(e.series))
+	hashes, values := make([]uint64, len(e.series)), make([]float64, len(e.series))
 	out.families = make([]prepared, 0, len(e.families))
 	orders := make([]uint16, len(e.series)) // of the families one after the other, as they stand in the body
 	e.places = e.places[:0]
@@ -389,17 +362,17 @@ func (e *textEncoder) result(want func(name string) bool) (out pushedFamilies, o
 		if from == to || !want(string(f.name)) {
 			continue // the parser too leaves out a family that has no series
 		}
-		p := prepared{meta: e.metaOf(f), pushed: e.now, series: hashes[from:to:to]}
+		p := prepared{meta: e.metaOf(f), pushed: e.now, series: hashes[from:to:to], values: values[from:to:to]}
 		for n := from; n < to; n++ {
-			hashes[n] = e.series[n].hash
+			hashes[n], values[n] = e.series[n].hash, e.series[n].value
 		}
 		order := orders[from:to:to]
 		for n := from; n < to; n++ {
 			order[n-from] = uint16(n)
 		}
-		text, proto, _ := e.start(from)
+		text, _ := e.start(from)
 		last := e.series[to-1]
-		p.text, p.proto = e.text[text:last.text:last.text], e.proto[proto:last.proto:last.proto]
+		p.text = e.text[text:last.text:last.text]
 		if to-from > 1 && !e.sorted(from, to) && !e.sort(&p, order, from, to) {
 			return pushedFamilies{}, false
 		}
@@ -432,19 +405,19 @@ func (e *textEncoder) interleaved() bool {
 	return false
 }
 
-// start returns where the encodings and the labels of the n-th series start.
-func (e *textEncoder) start(n int) (text, proto, labels int) {
+// start returns where the text and the labels of the n-th series start.
+func (e *textEncoder) start(n int) (text, labels int) {
 	if n == 0 {
-		return 0, 0, 0
+		return 0, 0
 	}
 	before := e.series[n-1]
-	return before.text, before.proto, before.labels
+	return before.text, before.labels
 }
 
 // compare orders two series as compareSeries does.
 func (e *textEncoder) compare(a, b int) int {
-	_, _, fromA := e.start(a)
-	_, _, fromB := e.start(b)
+	_, fromA := e.start(a)
+	_, fromB := e.start(b)
 	labelsA, labelsB := e.labels[fromA:e.series[a].labels], e.labels[fromB:e.series[b].labels]
 	if len(labelsA) != len(labelsB) {
 		return len(labelsA) - len(labelsB)
@@ -479,18 +452,17 @@ func (e *textEncoder) sort(p *prepared, places []uint16, from, to int) bool {
 		order[i] = from + i
 	}
 	sort.Slice(order, func(i, j int) bool { return e.compare(order[i], order[j]) < 0 })
-	text, proto := make([]byte, 0, len(p.text)), make([]byte, 0, len(p.proto))
+	text := make([]byte, 0, len(p.text))
 	for i, n := range order {
 		places[i] = uint16(n)
 		if i > 0 && e.compare(order[i-1], n) == 0 {
 			return false
 		}
-		fromText, fromProto, _ := e.start(n)
-		text = append(text, e.text[fromText:e.series[n].text]...)
-		proto = append(proto, e.proto[fromProto:e.series[n].proto]...)
-		p.series[i] = e.series[n].hash
+		from, _ := e.start(n)
+		text = append(text, e.text[from:e.series[n].text]...)
+		p.series[i], p.values[i] = e.series[n].hash, e.series[n].value
 	}
-	p.text, p.proto = text, proto
+	p.text = text
 	return true
 }
 

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/common/model"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -47,6 +48,11 @@ func checkPlain(t *testing.T, key Key, body string) bool {
 		}
 		if !proto.Equal(gotFamily, wantFamily) {
 			t.Fatalf("%q: got %v, want %v", body, gotFamily, wantFamily)
+		}
+		m := want.meta.Value()
+		text, err := encodeText(m.name, m.kind, wantFamily.Metric, model.UnderscoreEscaping, false)
+		if err != nil || string(got.appendText(nil)) != string(text) {
+			t.Fatalf("%q: got the text\n%s, want\n%s (%v)", body, got.appendText(nil), text, err)
 		}
 	}
 	return true

@@ -177,18 +177,24 @@ func BenchmarkPushStores(b *testing.B) {
 			rates["culvert"] = rate["culvert"]
 		})
 	}
-	b.Run("scrape/groups=10000", func(b *testing.B) {
-		took := map[string]time.Duration{}
-		for range b.N {
-			for _, s := range both {
-				took[s.name] += s.scrape(b)
+	// What has changed since the last scrape is encoded and compressed; so all of it, or none.
+	for _, changed := range []int64{10_000, 0} {
+		b.Run(fmt.Sprintf("scrape/groups=10000/changed=%d", changed), func(b *testing.B) {
+			took := map[string]time.Duration{}
+			for range b.N {
+				for _, s := range both {
+					if changed > 0 {
+						s.pushes(b, changed, changed)
+					}
+					took[s.name] += s.scrape(b)
+				}
 			}
-		}
-		b.ReportMetric(took["culvert"].Seconds()/float64(b.N)*1000, "ms/scrape")
-		b.ReportMetric(float64(took["pushgateway"])/float64(took["culvert"]), "x-pushgateway")
-		b.ReportMetric(culvert.resident(b), "MB-resident")
-		b.ReportMetric(culvert.resident(b)/gateway.resident(b), "of-pushgateway's-memory")
-	})
+			b.ReportMetric(took["culvert"].Seconds()/float64(b.N)*1000, "ms/scrape")
+			b.ReportMetric(float64(took["pushgateway"])/float64(took["culvert"]), "x-pushgateway")
+			b.ReportMetric(culvert.resident(b), "MB-resident")
+			b.ReportMetric(culvert.resident(b)/gateway.resident(b), "of-pushgateway's-memory")
+		})
+	}
 	b.Run("pushes-while-scraped/groups=10000", func(b *testing.B) {
 		var rate, quiet float64
 		for range b.N {

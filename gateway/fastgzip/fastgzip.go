@@ -6,6 +6,7 @@ package fastgzip
 import (
 	"io"
 
+	"github.com/klauspost/compress/flate"
 	"github.com/klauspost/compress/gzip"
 
 	"github.com/culvert-io/culvert/gateway"
@@ -13,8 +14,8 @@ import (
 
 // Gzip is a gateway.Config.Gzip.
 var Gzip = &gateway.Gzip{
-	NewWriter: func() gateway.GzipWriter {
-		zw, _ := gzip.NewWriterLevel(nil, gzip.BestSpeed) // the level is a good one
+	NewDeflater: func() gateway.Deflater {
+		zw, _ := flate.NewWriter(nil, flate.BestSpeed) // the level is a good one
 		return zw
 	},
 	NewReader: func(r io.Reader) (io.Reader, error) { return gzip.NewReader(r) },
