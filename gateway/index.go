@@ -27,6 +27,7 @@ type index struct {
 	changed  []uint64
 	opens    []bool // of each slot whether its group opensSection
 	changes  uint64
+	removed  removals
 	families map[string]*family
 	foreign  map[string]map[string]struct{} // names outside the legacy rules, by their escaped form
 	shapes   map[string]*shape
@@ -96,6 +97,7 @@ func (x *index) remove(g *group) {
 	}
 	delete(x.groups, g.canonical.ID())
 	x.noteChange(g)
+	x.removed.note(g.key, x.changes)
 	x.slots[g.slot], x.images[g.slot] = nil, nil
 	x.free = append(x.free, g.slot)
 	sh := x.shapeOf(g.canonical)

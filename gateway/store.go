@@ -579,6 +579,8 @@ type GroupInfo struct {
 	Lifetime            // that counts, by its own pushes or by the rules
 	Up             bool // push_up, where there is an interval
 	Expired        bool // its samples went with the TTL
+	// Expires is when that will be, zero: never, or they have.
+	Expires time.Time
 
 	// Change grows with each change of the group: of two infos of one group with the same
 	// Change all is the same. It is of this process alone.
@@ -597,19 +599,8 @@ func (s *Store) Changes() uint64 {
 func (s *Store) Groups() []GroupInfo {
 	groups, changed := s.snapshot()
 	infos := make([]GroupInfo, len(groups))
-	for i, g := range groups {
-		infos[i] = GroupInfo{Key: g.key, Lifetime: g.life, Up: g.up, Expired: g.expired, Change: changed[g.slot]}
-		if g.pushed > 0 {
-			infos[i].Pushed = time.Unix(0, g.pushed)
-		}
-		if g.failed > 0 {
-			infos[i].Failed = time.Unix(0, g.failed)
-		}
-		for _, b := range g.image.blocks() {
-			if !isGenerated(b.name()) {
-				infos[i].Series += len(b.series)
-			}
-		}
+	for i := range groups {
+		infos[i] = groups[i].info(changed[groups[i].slot])
 	}
 	sort.SliceStable(infos, func(i, j int) bool {
 		jobI, _ := infos[i].Key.Get("job")
