@@ -25,9 +25,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -393,6 +395,21 @@ func (c *Cluster) Peer(id string) (Peer, bool) {
 	}
 	peer, ok := c.peers[id]
 	return peer, ok
+}
+
+// Unwritten returns how many agents have changes that etcd does not have yet, and since
+// when there are such.
+func (c *Cluster) Unwritten() (int, time.Time) {
+	c.writer.mu.Lock()
+	defer c.writer.mu.Unlock()
+	return len(c.writer.dirty), c.writer.since
+}
+
+// Peers returns the other proxies, as etcd told last, sorted by ID.
+func (c *Cluster) Peers() []Peer {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.SortedFunc(maps.Values(c.peers), func(a, b Peer) int { return strings.Compare(a.ID, b.ID) })
 }
 
 // Alone reports whether no other proxy is known.

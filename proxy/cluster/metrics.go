@@ -67,9 +67,8 @@ func newMetrics(registry prometheus.Registerer, c *Cluster) *metrics {
 			Name: "culvert_proxy_cluster_unwritten_agents",
 			Help: "Agents with changes that etcd does not have yet.",
 		}, func() float64 {
-			c.writer.mu.Lock()
-			defer c.writer.mu.Unlock()
-			return float64(len(c.writer.dirty))
+			n, _ := c.Unwritten()
+			return float64(n)
 		}))
 	return m
 }

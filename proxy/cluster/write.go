@@ -27,12 +27,16 @@ const (
 type writer struct {
 	work chan struct{} // has one where there may be something to do
 
-	mu    sync.Mutex // protects dirty
+	mu    sync.Mutex // protects what follows
 	dirty map[string]struct{}
+	since time.Time // when there was nothing in it for the last time
 }
 
 func (w *writer) mark(agent string) {
 	w.mu.Lock()
+	if len(w.dirty) == 0 {
+		w.since = time.Now()
+	}
 	w.dirty[agent] = struct{}{}
 	w.mu.Unlock()
 	w.wake()

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/culvert-io/culvert/protocol"
@@ -51,6 +52,7 @@ type Fleet struct {
 
 	conflicts chan struct{} // has one when a name has two instances: see settleConflicts
 	unproven  chan struct{} // has one when there are sessions to prove: see proveSessions
+	doubtful  atomic.Int64  // about how many targets are logged that never answered: see logTarget
 
 	mu        sync.RWMutex // protects what follows, and the fields of agents
 	stored    bool         // the list was read from the store, or the other proxies have it
@@ -60,7 +62,11 @@ type Fleet struct {
 	wildcards map[string]map[*Agent]struct{} // suffixes ".example.net"
 	newest    time.Time                      // when a name registered for the first time
 	bytes     int                            // of all registrations: see size
-	changes   uint64                         // counts what discovery can see: see changed
+
+	changes   uint64 // counts what can be seen of agents: see changed
+	listed    uint64 // the last of them that discovery can see
+	gone      []gone // who went last, the oldest first
+	goneUntil uint64 // who went before that change is not known any more
 
 	// Of a fleet that is shared: see shared.go.
 	cluster       string              // Snapshot.Cluster
@@ -77,6 +83,8 @@ type Agent struct {
 	// Scrapes and Tunnels hold a token for each that runs.
 	Scrapes, Tunnels chan struct{}
 
+	log atomic.Pointer[scrapeLog] // nil: nobody has scraped it
+
 	// Protected by the fleet's mu.
 	registration protocol.Registration
 	kind         string // of the last connection
@@ -84,7 +92,8 @@ type Agent struct {
 	since        time.Time
 	firstSeen    time.Time
 	reason       string // why it was lost
-	change       uint64 // Fleet.changes at its last change
+	change       uint64 // Fleet.changes at its last change that discovery can see
+	shown        uint64 // the same at its last change that the page shows
 	waiters      map[chan struct{}]struct{}
 	sharing
 }
@@ -115,7 +124,7 @@ func Open(config Config) (*Fleet, error) {
 		config.Logger = slog.Default()
 	}
 	f := &Fleet{
-		config: config, started: time.Now(),
+		config: config, started: time.Now(), changes: 1,
 		agents: map[string]*Agent{}, names: map[string]*Agent{},
 		hosts: map[string]map[*Agent]struct{}{}, wildcards: map[string]map[*Agent]struct{}{},
 		conflicts: make(chan struct{}, 1), unproven: make(chan struct{}, 1), deleted: map[string]struct{}{},
@@ -183,6 +192,7 @@ func (f *Fleet) Run(ctx context.Context) {
 		for _, conn := range f.Conns() {
 			conn.CloseIdle(streamIdle)
 		}
+		f.sweepLogs(time.Now())
 		for _, name := range f.expired(time.Now()) {
 			if f.config.Shared != nil {
 				f.forgetShared(name)
@@ -274,6 +284,8 @@ func (f *Fleet) Lost(conn *Conn, reason string) bool {
 	if !a.isConnected() {
 		a.since, a.reason, a.learned = time.Now(), reason, time.Now()
 		f.changed(a)
+	} else {
+		f.shows(a)
 	}
 	f.share(a, !a.isConnected())
 	rec := a.record()

@@ -26,6 +26,10 @@ type Info struct {
 	// Change grows with each change of what discovery lists: of two infos of one
 	// name with the same Change, Connected and Registration are the same.
 	Change uint64 `json:"-"`
+	// Scraped is how many targets of the agent were scraped through this proxy, and Failing
+	// how many of them failed the last time. See Scrapes.
+	Scraped int `json:"-"`
+	Failing int `json:"-"`
 }
 
 // Agents returns what is known, sorted by name. The registrations are shared:
@@ -56,6 +60,7 @@ func (f *Fleet) info(a *Agent) Info {
 		Name: a.Name, Kind: a.kind, Since: a.since.UTC(), FirstSeen: a.firstSeen.UTC(),
 		LostReason: a.reason, Registration: a.registration, Change: a.change,
 	}
+	i.Scraped, i.Failing = a.healthOf()
 	if c := a.conn; c != nil {
 		i.Connected, i.RemoteAddr, i.Transport = true, c.RemoteAddr, c.Transport
 		if c.Session != nil {
@@ -79,21 +84,6 @@ func (f *Fleet) info(a *Agent) Info {
 	}
 	i.Since, i.RemoteAddr, i.Transport = oldest.Since, oldest.RemoteAddr, oldest.Transport
 	return i
-}
-
-// Changes returns a number that grows whenever an agent comes, goes, or changes in
-// a way that discovery lists. What Agents returned at the same number is still true.
-func (f *Fleet) Changes() uint64 {
-	f.mu.RLock()
-	defer f.mu.RUnlock()
-	return f.changes
-}
-
-// changed notes a change of a, the one thing that outdates what was made of
-// Agents. It is called with mu held.
-func (f *Fleet) changed(a *Agent) {
-	f.changes++
-	a.change = f.changes
 }
 
 // Counts returns how many agents are connected and how many are lost.

@@ -312,10 +312,12 @@ func (f *Fleet) applyRecord(name string, rec Record, learned time.Time, ended []
 	switch {
 	case a.lost && !a.isConnected():
 		a.since, a.reason, a.learned = rec.LostAt, rec.Reason, learned
+		f.shows(a)
 	case a.lost && a.conn != nil:
 		f.share(a, true) // another proxy took this one for gone
 	case !a.isConnected() && a.since.IsZero():
 		a.since, a.reason, a.learned = time.Now().UTC(), "no proxy holds a session of it", time.Now()
+		f.shows(a)
 	}
 	f.saveRecord(a)
 	return ended
@@ -335,7 +337,7 @@ func (f *Fleet) drop(a *Agent) {
 	a.conn, a.peers = nil, nil
 	f.unindex(a)
 	delete(f.agents, a.Name)
-	f.changed(a)
+	f.goes(a)
 	if f.store != nil {
 		f.store.saveLater(record{Name: a.Name, deleted: true})
 	}
@@ -388,6 +390,8 @@ func (f *Fleet) applyHeld(name string, held Held) {
 		a.reason = ""
 		f.changed(a)
 		f.saveRecord(a)
+	} else {
+		f.shows(a)
 	}
 	f.wake(a)
 	switch {
@@ -428,6 +432,8 @@ func (f *Fleet) applyEnd(name, proxy string) {
 		}
 		f.changed(a)
 		f.saveRecord(a)
+	} else {
+		f.shows(a)
 	}
 }
 
@@ -464,6 +470,9 @@ func (f *Fleet) Load(s Snapshot) {
 	was := map[string]bool{}
 	for name, a := range f.agents {
 		was[name] = a.isConnected()
+		if len(a.peers) > 0 {
+			f.shows(a)
+		}
 		a.peers, a.put, a.own = nil, nil, 0
 		if !same {
 			a.created, a.modified = 0, 0

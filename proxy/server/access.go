@@ -49,6 +49,11 @@ var routeAccess = map[string]who{
 	"GET /":       scrapers,
 	"GET /status": scrapers,
 
+	"GET /ui/*file":     scrapers,
+	"HEAD /ui/*file":    scrapers,
+	"GET /api/v1/page":  scrapers,
+	"HEAD /api/v1/page": scrapers,
+
 	"GET " + telemetry:         scrapers,
 	"GET /clients":             scrapers,
 	"HEAD /clients":            scrapers,

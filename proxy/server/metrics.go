@@ -25,7 +25,7 @@ type metrics struct {
 	reloadTime    prometheus.Gauge
 }
 
-func newMetrics(registry *prometheus.Registry, s *Server, stored bool) *metrics {
+func newMetrics(registry *prometheus.Registry, s *Server) *metrics {
 	m := &metrics{
 		stats: new(protocol.Stats),
 		scrapes: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -114,7 +114,7 @@ func newMetrics(registry *prometheus.Registry, s *Server, stored bool) *metrics 
 			Name: "culvert_proxy_fleet_stored",
 			Help: "1 where the known agents survive a restart, 0 where storage is off or its file can't be used.",
 		}, func() float64 {
-			if stored {
+			if s.fleetStored {
 				return 1
 			}
 			return 0

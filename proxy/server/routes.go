@@ -64,6 +64,8 @@ func (s *Server) routes() (err error) {
 
 	get("/clients", s.serveClients)
 	get("/targets", s.serveTargets)
+	get("/ui/*file", s.serveAsset)
+	get("/api/v1/page", s.servePageUpdate)
 	get("/api/v1/agents", s.serveAgents)
 	get("/api/v1/agents/:name", s.serveOneAgent)
 	r.Del("/api/v1/agents/:name", s.forgetAgent)
@@ -78,6 +80,11 @@ func (s *Server) servePage(w http.ResponseWriter, r *http.Request) {
 		content.Groups = store.Groups()
 	}
 	ui.Serve(w, content)
+}
+
+// serveAsset serves what the page loads.
+func (s *Server) serveAsset(w http.ResponseWriter, r *http.Request) {
+	ui.ServeAsset(w, r, strings.TrimPrefix(route.Param(r.Context(), "file"), "/"))
 }
 
 // serveReady fails only while the proxy is draining: it listens once it is ready.

@@ -108,10 +108,14 @@ type Server struct {
 	metrics   *metrics
 	settings  atomic.Pointer[Settings]
 	reloading sync.Mutex // held during a reload: the last one has to win
-	access    *access.Authenticator
-	pins      *access.Pins
-	guarded   []string      // the routes of the router: see routeAccess
-	recheck   chan struct{} // has one after a reload: see watchAccess
+	pageSeal  pageSeal
+
+	reloadFailure atomic.Pointer[reloadFailure] // nil: the last reload succeeded
+	fleetStored   bool                          // the known agents survive a restart
+	access        *access.Authenticator
+	pins          *access.Pins
+	guarded       []string      // the routes of the router: see routeAccess
+	recheck       chan struct{} // has one after a reload: see watchAccess
 
 	cluster *cluster.Cluster // nil: the proxy is alone
 
@@ -158,7 +162,7 @@ func New(config Config) (*Server, error) {
 	}
 	id := make([]byte, 16)
 	rand.Read(id)
-	s := &Server{config: config, id: hex.EncodeToString(id), logger: config.Logger, tunnels: map[*tunnel]struct{}{}, conns: map[*agentConn]struct{}{}, agentStreams: newStreamListener(), pushProx: newPushProx(), recheck: make(chan struct{}, 1), started: time.Now(), quit: make(chan struct{})}
+	s := &Server{config: config, id: hex.EncodeToString(id), logger: config.Logger, tunnels: map[*tunnel]struct{}{}, conns: map[*agentConn]struct{}{}, agentStreams: newStreamListener(), pushProx: newPushProx(), recheck: make(chan struct{}, 1), started: time.Now(), quit: make(chan struct{}), pageSeal: newPageSeal()}
 	s.admission = admission{places: config.MaxHandshakes, names: map[string]int{}}
 	if err := s.loadSettings(); err != nil {
 		return nil, err
@@ -195,7 +199,8 @@ func New(config Config) (*Server, error) {
 	if s.cluster != nil {
 		s.pins.Share(s.cluster)
 	}
-	s.metrics = newMetrics(config.Registry, s, stored)
+	s.fleetStored = stored
+	s.metrics = newMetrics(config.Registry, s)
 	s.config.Session.Stats = s.metrics.stats
 	s.config.Session.Logger = s.logger
 	setDefault(&s.config.Session.MaxAccepted, 2*maxRelays) // agents open streams for control and relays alone

@@ -33,7 +33,8 @@ type Settings struct {
 	// Roles tell who may do what. Without them everything is open.
 	Roles *access.Config `yaml:"roles"`
 
-	roles *access.Roles // of Roles
+	roles      *access.Roles // of Roles
+	generation uint64        // counts the settings that were taken
 }
 
 // PushRule is a rule for the groups of some jobs.
@@ -76,12 +77,20 @@ func (s *Server) Reload() error {
 		err = s.push.reload(s.settings.Load())
 	}
 	s.metrics.reloaded(err)
+	s.reloadFailure.Store(nil)
 	if err != nil {
+		s.reloadFailure.Store(&reloadFailure{err, time.Now()})
 		s.logger.Error("Reload failed, the old configuration stays", "err", err)
 		return err
 	}
 	s.logger.Info("Configuration reloaded", "file", s.config.ConfigFile)
 	return nil
+}
+
+// reloadFailure is why the last reload failed.
+type reloadFailure struct {
+	err error
+	at  time.Time
 }
 
 func (s *Server) loadSettings() error {
@@ -98,6 +107,9 @@ func (s *Server) loadSettings() error {
 	var err error
 	if settings.roles, err = settings.Roles.Compile(filepath.Dir(s.config.ConfigFile)); err != nil {
 		return fmt.Errorf("configuration %s: %w", s.config.ConfigFile, err)
+	}
+	if last := s.settings.Load(); last != nil {
+		settings.generation = last.generation + 1
 	}
 	s.settings.Store(settings)
 	s.setRoles(settings)

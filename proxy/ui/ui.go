@@ -52,7 +52,7 @@ func (c Content) Lost() int { return len(c.Agents) - c.Connected() }
 func Serve(w http.ResponseWriter, content Content) {
 	h := w.Header()
 	h.Set("Content-Type", "text/html; charset=utf-8")
-	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'")
+	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; frame-ancestors 'none'")
 	h.Set("X-Content-Type-Options", "nosniff")
 	// The status is out: an error now is the reader's going away.
 	_ = page.Execute(w, content)
