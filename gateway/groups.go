@@ -99,6 +99,9 @@ func (s *Store) Since(change uint64) (GroupUpdate, bool) {
 	return u, true
 }
 
+// NotLoaded returns why the groups are not known yet, nil where they are.
+func (s *Store) NotLoaded() error { return s.isLoaded() }
+
 // compareKeys sorts like the IDs of keys.
 func compareKeys(a, b Key) int {
 	return slices.CompareFunc(a, b, func(a, b Label) int {

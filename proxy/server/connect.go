@@ -36,26 +36,37 @@ type farEnd interface {
 // connect serves CONNECT NAME:PORT.
 func (s *Server) connect(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
-	outcome, open := s.openTunnel(w, r, start)
+	entry := fleet.Scrape{URL: r.RequestURI, Mode: "connect", At: start}
+	outcome, agent, open := s.openTunnel(w, r, &entry)
 	mode := "connect"
 	if passedOn(r) {
 		mode = "peer"
 	}
 	s.metrics.scrapes.WithLabelValues(mode, outcome).Inc()
-	s.metrics.duration.WithLabelValues(mode).Observe(time.Since(start).Seconds())
+	entry.Took, entry.Outcome = time.Since(start), outcome
+	s.metrics.duration.WithLabelValues(mode).Observe(entry.Took.Seconds())
+	var logged fleet.Logged
+	if agent != nil {
+		entry.Answered, entry.Failed = outcome == outcomeOK, outcome != outcomeOK && outcome != outcomeCancelled
+		logged = s.fleet.LogScrape(agent, entry)
+	}
 	if open != nil {
-		open()
+		logged.Passed(open())
 	}
 }
 
-// openTunnel does all up to the 200. It returns the outcome, and what passes the
-// bytes where there is a tunnel now.
-func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request, start time.Time) (string, func()) {
-	refuse := func(refusal *protocol.Refusal) (string, func()) {
+// openTunnel does all up to the 200. It returns the outcome, the agent where there is one,
+// and, where there is a tunnel now, what passes the bytes and returns how many went to the
+// scraper. It completes the entry for the agent's log.
+func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request, entry *fleet.Scrape) (outcome string, agent *fleet.Agent, open func() int64) {
+	start := entry.At
+	refuse := func(refusal *protocol.Refusal) (string, *fleet.Agent, func() int64) {
 		s.refuse(w, r, refusal)
-		return refusal.Code.Outcome(), nil
+		entry.Status, entry.Reason = refusal.Status, refusal.Message
+		return refusal.Code.Outcome(), agent, nil
 	}
 	name, port := protocol.SplitAuthority(r.RequestURI)
+	entry.Host, entry.Port = name, port
 	if port == "" {
 		return refuse(protocol.Refusef(http.StatusBadRequest, protocol.CodeBadRequest, "CONNECT %s: the port is missing", r.RequestURI))
 	}
@@ -66,7 +77,9 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request, start time.T
 	timeout := s.timeoutOf(r)
 	ctx, cancel := context.WithTimeout(r.Context(), timeout)
 	defer cancel()
-	var agent *fleet.Agent
+	if len(route.Agents) == 1 {
+		agent = route.Agents[0]
+	}
 	var conn *fleet.Conn
 	var stream farEnd
 	var ahead *bufio.Reader
@@ -105,10 +118,11 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request, start time.T
 			stream.Close()
 		}
 		if r.Context().Err() != nil {
-			return outcomeCancelled, nil
+			return outcomeCancelled, agent, nil
 		}
 		return refuse(refusal)
 	}
+	entry.Status = http.StatusOK
 	scraper, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		release()
@@ -119,13 +133,13 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request, start time.T
 		release()
 		stream.Close()
 		scraper.Close()
-		return outcomeCancelled, nil
+		return outcomeCancelled, agent, nil
 	}
 	t := &tunnel{agent: agent.Name, conn: conn, stream: stream, scraper: scraper, identity: s.identity(r)}
 	s.mu.Lock()
 	s.tunnels[t] = struct{}{}
 	s.mu.Unlock()
-	return outcomeOK, func() {
+	return outcomeOK, agent, func() int64 {
 		defer s.sessions.group.Done()
 		defer release()
 		defer func() {
@@ -148,7 +162,7 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request, start time.T
 		if err != nil {
 			protocol.Reset(scraper)
 			protocol.Reset(stream)
-			return
+			return 0
 		}
 		scraper.SetDeadline(time.Time{})
 		n, err := protocol.Splice(scraper, stream, s.config.ConnectIdleTimeout)
@@ -156,6 +170,7 @@ func (s *Server) openTunnel(w http.ResponseWriter, r *http.Request, start time.T
 		if err != nil {
 			s.logger.Debug("CONNECT tunnel ended", "target", r.RequestURI, "agent", agent.Name, "err", err)
 		}
+		return n
 	}
 }
 

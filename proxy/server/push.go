@@ -228,6 +228,43 @@ func (s *Server) serveMetrics(w http.ResponseWriter, r *http.Request) {
 	s.push.with((*gateway.Gateway).ServeMetrics)(w, r)
 }
 
+// serveGroups answers GET /api/v1/groups?match[]=SELECTOR: the groups whose grouping labels
+// one of the selectors matches; all where there is none.
+func (s *Server) serveGroups(w http.ResponseWriter, r *http.Request) {
+	wanted, err := parseSelectors(r.URL.Query()["match[]"])
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	s.push.with(func(_ *gateway.Gateway, w http.ResponseWriter, r *http.Request) {
+		store := s.push.current()
+		if err := store.NotLoaded(); err != nil { // without them all would seem to be gone
+			w.Header().Set("Retry-After", fmt.Sprint(int(reopenEvery.Seconds())))
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		rows := []groupRow{}
+		for _, info := range store.Groups() {
+			if len(wanted) == 0 || wanted.match(func(name string) string { value, _ := info.Key.Get(name); return value }) {
+				rows = append(rows, newGroupRow(info))
+			}
+		}
+		s.writeLongJSON(w, r, rows)
+	})(w, r)
+}
+
+// serveGroup answers GET /api/v1/groups/PATH, where PATH is what follows /metrics/ in the
+// path of the group's pushes: the series of that group.
+func (s *Server) serveGroup(w http.ResponseWriter, r *http.Request) {
+	path := strings.TrimPrefix(r.URL.Path, s.config.RoutePrefix+"/api/v1/groups/")
+	rest, ok := strings.CutPrefix(path, "job")
+	if job := strings.TrimPrefix(rest, "@base64"); !ok || len(job) < 2 || job[0] != '/' {
+		http.Error(w, fmt.Sprintf("%q is no group; write /api/v1/groups/job/NAME, with /LABEL/VALUE for each other label of its key", path), http.StatusNotFound)
+		return
+	}
+	s.push.with(func(g *gateway.Gateway, w http.ResponseWriter, r *http.Request) { g.ServeGroup(w, r, rest) })(w, r)
+}
+
 // deleteGroups serves DELETE /api/v1/groups?match[]=SELECTOR: it deletes the groups
 // whose grouping labels one of the selectors matches; with dry_run=true it tells
 // which they are.

@@ -276,7 +276,7 @@ func (s *Server) identifyPushProx(r *http.Request, name string) (*access.Identit
 	if !id.Agent() {
 		return nil, protocol.Refusef(http.StatusForbidden, protocol.CodeForbidden, "this is for an agent, and the credential is of %s", id)
 	}
-	if err := crossOrigin.Check(r); err != nil {
+	if err := s.crossOrigin.Check(r); err != nil {
 		return nil, protocol.Refusef(http.StatusForbidden, protocol.CodeForbidden, "a page of another site sent this request: %v", err)
 	}
 	return id, nil

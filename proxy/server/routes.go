@@ -43,6 +43,8 @@ func (s *Server) routes() (err error) {
 	r.Options("/api/v1/*any", func(w http.ResponseWriter, _ *http.Request) { gateway.SetAPIHeaders(w.Header()) })
 	r.Put("/api/v1/push", s.push.with((*gateway.Gateway).ServeBatch))
 	r.Post("/api/v1/push", s.push.with((*gateway.Gateway).ServeBatch))
+	get("/api/v1/groups", s.serveGroups)
+	get("/api/v1/groups/*path", s.serveGroup)
 	r.Del("/api/v1/groups", s.deleteGroups)
 	if s.config.EnableAdminAPI {
 		r.Put("/api/v1/admin/wipe", s.push.with((*gateway.Gateway).ServeWipe))
@@ -66,6 +68,8 @@ func (s *Server) routes() (err error) {
 	get("/targets", s.serveTargets)
 	get("/ui/*file", s.serveAsset)
 	get("/api/v1/page", s.servePageUpdate)
+	get("/api/v1/scrapes", s.serveScrapes)
+	get("/api/v1/scrape_config", s.serveScrapeConfig)
 	get("/api/v1/agents", s.serveAgents)
 	get("/api/v1/agents/:name", s.serveOneAgent)
 	r.Del("/api/v1/agents/:name", s.forgetAgent)
@@ -142,16 +146,6 @@ func (s *Server) writeJSON(w http.ResponseWriter, data any) {
 
 func (s *Server) serveAgents(w http.ResponseWriter, r *http.Request) {
 	s.writeJSON(w, s.visibleAgents(r))
-}
-
-func (s *Server) serveOneAgent(w http.ResponseWriter, r *http.Request) {
-	name := protocol.NormalizeName(route.Param(r.Context(), "name"))
-	info, ok := s.fleet.Agent(name)
-	if !ok || !s.identity(r).MayScrape(name) {
-		http.Error(w, fmt.Sprintf("no agent %q is known; see /api/v1/agents", name), http.StatusNotFound)
-		return
-	}
-	s.writeJSON(w, info)
 }
 
 // forgetAgent removes an agent at once. One that is still running comes back.

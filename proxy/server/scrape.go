@@ -33,7 +33,10 @@ type scrape struct {
 	server *Server
 	mode   string // "proxy", "path", "connect"
 	// target is the request target in absolute form, as the agent gets it.
-	target  string
+	target string
+	// host, in its normal form, and port are the target's.
+	host, port string
+
 	route   fleet.Route
 	timeout time.Duration
 	start   time.Time
@@ -43,6 +46,9 @@ type scrape struct {
 	place   chan struct{}
 	ways    *ways
 	outcome string
+	status  int    // of the answer's head
+	reason  string // of a refusal
+	bytes   int64  // of the answer's body, that were passed on
 }
 
 // scrapeAbsolute serves GET http://NAME:PORT/PATH.
@@ -71,16 +77,18 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 				protocol.Reset(conn)
 			}
 		}
+		took := time.Since(sc.start)
 		s.metrics.scrapes.WithLabelValues(sc.mode, sc.outcome).Inc()
-		s.metrics.duration.WithLabelValues(sc.mode).Observe(time.Since(sc.start).Seconds())
+		s.metrics.duration.WithLabelValues(sc.mode).Observe(took.Seconds())
+		sc.log(took)
 		if sc.place != nil {
 			<-sc.place
 		}
 	}()
 
-	name, _ := protocol.SplitAuthority(authority)
+	sc.host, sc.port = protocol.SplitAuthority(authority)
 	var refusal *protocol.Refusal
-	if sc.route, sc.ways, refusal = s.routeOf(r, name); refusal != nil {
+	if sc.route, sc.ways, refusal = s.routeOf(r, sc.host); refusal != nil {
 		sc.refuse(w, r, refusal)
 		finished = true
 		return
@@ -126,6 +134,37 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, sc *scrape, aut
 	r.Header.Del("Upgrade") // ReverseProxy would pass an upgrade on
 	proxy.ServeHTTP(finalOnly{w}, r.WithContext(ctx))
 	finished = true
+}
+
+// log notes the scrape in the log of its agent. One that no agent was chosen for, of
+// several, or that the scraper may not make, is nobody's.
+func (sc *scrape) log(took time.Duration) {
+	agent := sc.agent
+	if agent == nil {
+		if len(sc.route.Agents) != 1 {
+			return
+		}
+		agent = sc.route.Agents[0]
+	}
+	entry := fleet.Scrape{
+		Host: sc.host, Port: sc.port, URL: sc.target, Mode: sc.mode, At: sc.start, Took: took,
+		Status: sc.status, Outcome: sc.outcome, Reason: sc.reason, Bytes: sc.bytes,
+	}
+	if sc.mode == "peer" {
+		entry.Mode = "proxy"
+	}
+	switch sc.outcome {
+	case outcomeOK:
+		entry.Answered = true
+	case outcomeCancelled:
+	case outcomeTargetError:
+		entry.Failed, entry.Reason = true, fmt.Sprintf("the target answered %d %s", sc.status, http.StatusText(sc.status))
+	case outcomeBroken:
+		entry.Failed, entry.Reason = true, fmt.Sprintf("the response broke off after %d bytes", sc.bytes)
+	default:
+		entry.Failed = true
+	}
+	sc.server.fleet.LogScrape(agent, entry)
 }
 
 // RoundTrip passes the request to a connected agent, or to the proxy that holds it. A
@@ -311,13 +350,13 @@ func (sc *scrape) check(resp *http.Response) error {
 	if resp.StatusCode == http.StatusSwitchingProtocols {
 		return protocol.Refusef(http.StatusBadGateway, protocol.CodeBadResponse, "agent %q switched protocols without being asked", sc.agent.Name)
 	}
-	if resp.StatusCode >= 400 {
+	if sc.status = resp.StatusCode; sc.status >= 400 {
 		sc.outcome = outcomeTargetError
 	}
 	if sc.mode == "path" {
 		sandbox(resp.Header)
 	}
-	resp.Body = &countedBody{resp.Body, sc.server.metrics, resp.ContentLength > 0}
+	resp.Body = &countedBody{resp.Body, sc, resp.ContentLength > 0}
 	return nil
 }
 
@@ -377,7 +416,7 @@ func (s *Server) timedOut(route fleet.Route, agent *fleet.Agent, timeout time.Du
 }
 
 func (sc *scrape) refuse(w http.ResponseWriter, r *http.Request, refusal *protocol.Refusal) {
-	sc.outcome = refusal.Code.Outcome()
+	sc.outcome, sc.status, sc.reason = refusal.Code.Outcome(), refusal.Status, refusal.Message
 	sc.server.refuse(w, r, refusal)
 }
 
@@ -400,8 +439,8 @@ func (s *Server) timeout(h http.Header) time.Duration {
 // length of the body is known: each write to the scraper is a system call.
 type countedBody struct {
 	io.ReadCloser
-	metrics *metrics
-	fill    bool
+	scrape *scrape
+	fill   bool
 }
 
 func (b *countedBody) Read(p []byte) (n int, err error) {
@@ -413,6 +452,7 @@ func (b *countedBody) Read(p []byte) (n int, err error) {
 			break
 		}
 	}
-	b.metrics.bytes.Add(float64(n))
+	b.scrape.bytes += int64(n)
+	b.scrape.server.metrics.bytes.Add(float64(n))
 	return n, err
 }

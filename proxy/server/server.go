@@ -108,14 +108,15 @@ type Server struct {
 	metrics   *metrics
 	settings  atomic.Pointer[Settings]
 	reloading sync.Mutex // held during a reload: the last one has to win
-	pageSeal  pageSeal
+	access    *access.Authenticator
+	pins      *access.Pins
+	guarded   []string      // the routes of the router: see routeAccess
+	recheck   chan struct{} // has one after a reload: see watchAccess
 
+	crossOrigin   *http.CrossOriginProtection
+	pageSeal      pageSeal
 	reloadFailure atomic.Pointer[reloadFailure] // nil: the last reload succeeded
 	fleetStored   bool                          // the known agents survive a restart
-	access        *access.Authenticator
-	pins          *access.Pins
-	guarded       []string      // the routes of the router: see routeAccess
-	recheck       chan struct{} // has one after a reload: see watchAccess
 
 	cluster *cluster.Cluster // nil: the proxy is alone
 
@@ -167,6 +168,10 @@ func New(config Config) (*Server, error) {
 	if err := s.loadSettings(); err != nil {
 		return nil, err
 	}
+	var err error
+	if s.crossOrigin, err = newCrossOrigin(config.ExternalURL); err != nil {
+		return nil, err
+	}
 	config.Fleet.Logger = s.logger
 	if err := s.joinCluster(&config.Fleet); err != nil {
 		return nil, err
@@ -174,7 +179,6 @@ func New(config Config) (*Server, error) {
 	if config.StoragePath != "" {
 		config.Fleet.Path = filepath.Join(config.StoragePath, "fleet.db")
 	}
-	var err error
 	s.fleet, err = fleet.Open(config.Fleet)
 	stored := config.Fleet.Path != ""
 	switch {
@@ -511,6 +515,9 @@ func (s *Server) serveOwn(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if len(s.agents) == 0 && s.servesPushProx(w, r) {
+		return
+	}
+	if !s.sameOrigin(w, r) {
 		return
 	}
 	if r = s.authenticate(w, r, false); r == nil {
