@@ -137,7 +137,14 @@ func (k Key) Path() string {
 		if b.Len() > 0 {
 			b.WriteByte('/')
 		}
-		b.WriteString(url.PathEscape(model.EscapeName(name, model.ValueEncodingEscaping)))
+		escaped := model.EscapeName(name, model.ValueEncodingEscaping)
+		if model.UnescapeName(escaped, model.ValueEncodingEscaping) != name { // it looks like one that is escaped
+			escaped = "U__"
+			for _, c := range name {
+				escaped += fmt.Sprintf("_%X_", c)
+			}
+		}
+		b.WriteString(url.PathEscape(escaped))
 		// A router drops empty parts and dots, and takes an encoded slash for a slash.
 		if value == "" || value == "." || value == ".." || strings.Contains(value, "/") {
 			b.WriteString(base64Suffix)

@@ -2,6 +2,7 @@ package fleet
 
 import (
 	"cmp"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -360,7 +361,7 @@ func (f *Fleet) Scrapes(name string) (logs []TargetLog, bytes int64, ok bool) {
 		l := TargetLog{Target: t.name, URL: t.url, Mode: t.mode, Scrapes: t.scrapes, Failures: t.failures, History: make([]ScrapeEntry, 0, len(t.runs))}
 		for n := t.scrapes - uint64(len(t.runs)); n < t.scrapes; n++ {
 			r := t.runs[n%maxHistory]
-			e := ScrapeEntry{At: time.Unix(0, r.at).UTC(), Seconds: float64(r.took), Status: int(r.status), Outcome: r.outcome.Value(), Bytes: r.bytes}
+			e := ScrapeEntry{At: time.Unix(0, r.at).UTC(), Seconds: math.Round(float64(r.took)*1e6) / 1e6, Status: int(r.status), Outcome: r.outcome.Value(), Bytes: r.bytes}
 			if i := slices.IndexFunc(t.reasons, func(why reason) bool { return why.scrape == n }); i >= 0 {
 				e.Error = t.reasons[i].text
 			}

@@ -7,7 +7,6 @@ import (
 	"strings"
 
 	"github.com/prometheus/common/route"
-	"github.com/prometheus/common/version"
 
 	"github.com/culvert-io/culvert/gateway"
 	"github.com/culvert-io/culvert/protocol"
@@ -115,18 +114,6 @@ func (s *Server) serveQuit(w http.ResponseWriter, r *http.Request) {
 	s.logger.Info("Asked to quit", "from", r.RemoteAddr)
 	fmt.Fprintln(w, "Stopping. Bye!")
 	s.quitOnce.Do(func() { close(s.quit) })
-}
-
-// serveStatus answers GET /api/v1/status as the Pushgateway does.
-func (s *Server) serveStatus(w http.ResponseWriter, _ *http.Request) {
-	gateway.WriteAPI(w, map[string]any{
-		"build_information": map[string]string{
-			"branch": version.Branch, "buildDate": version.BuildDate, "buildUser": version.BuildUser,
-			"goVersion": version.GoVersion, "revision": version.GetRevision(), "version": version.Version,
-		},
-		"flags":      s.config.Flags,
-		"start_time": s.started,
-	})
 }
 
 func (s *Server) serveReload(w http.ResponseWriter, _ *http.Request) {
