@@ -123,7 +123,7 @@ func (s *Server) serveScrapeConfig(w http.ResponseWriter, r *http.Request) {
 		jobs = append(jobs, commentedJob{comment, job})
 	}
 	own := scrapeJob{
-		Name: "culvert-proxy", HonorLabels: true, Scheme: base.Scheme, MetricsPath: base.JoinPath(s.config.TelemetryPath).Path,
+		Name: "culvert-proxy", HonorLabels: true, Scheme: base.Scheme, MetricsPath: strings.TrimSuffix(base.Path, "/") + s.config.TelemetryPath,
 		BasicAuth: credentials, StaticConfigs: []staticConfig{{[]string{base.Host}}},
 	}
 	if own.Scheme == "http" {
@@ -145,7 +145,7 @@ func (s *Server) serveScrapeConfig(w http.ResponseWriter, r *http.Request) {
 	var text strings.Builder
 	text.WriteString("# For Prometheus: what " + oneLine(base.Host) + " knows now.\n")
 	if credentials != nil {
-		fmt.Fprintf(&text, "# %s and %s stand for those of an entry of roles.scrapers; a token goes by any name, as the password.\n", credentials.Username, credentials.Password)
+		fmt.Fprintf(&text, "# %s and %s stand for the basic_auth of an entry of roles.scrapers: a proxy_url takes no token.\n", credentials.Username, credentials.Password)
 	}
 	if base.Scheme == "https" {
 		text.WriteString("# A certificate of a private authority needs tls_config with its ca_file beside each proxy_url, in http_sd_configs, and in the last job.\n")
