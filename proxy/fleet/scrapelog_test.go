@@ -328,3 +328,57 @@ func TestScrapeLogAges(t *testing.T) {
 		t.Errorf("got %+v, %d scraped, %d failing", logs, info.Scraped, info.Failing)
 	}
 }
+
+// BenchmarkLogScrape is what a scrape costs more for being logged, of an agent with a few
+// targets.
+func BenchmarkLogScrape(b *testing.B) {
+	f, err := fleet.Open(fleet.Config{SettleTime: -1})
+	if err != nil {
+		b.Fatal(err)
+	}
+	conn, _ := connect(b, "web-1", "1")
+	if err := f.Register(b.Context(), conn, protocol.Registration{}); err != nil {
+		b.Fatal(err)
+	}
+	route, _ := f.Resolve("web-1")
+	scrapes := []fleet.Scrape{scrapeOf(9100, "ok"), scrapeOf(9187, "ok"), scrapeOf(9182, "ok")}
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		f.LogScrape(route.Agents[0], scrapes[i%len(scrapes)])
+	}
+}
+
+// BenchmarkSince asks for changes of 10,000 agents: where there are none, where one has
+// changed, and for all of them.
+func BenchmarkSince(b *testing.B) {
+	f, err := fleet.Open(fleet.Config{SettleTime: -1})
+	if err != nil {
+		b.Fatal(err)
+	}
+	var conn *fleet.Conn
+	for i := range 10_000 {
+		// What their sessions cost is not what is measured.
+		conn = fleet.NewPushProxConn(new(deadLink), fmt.Sprintf("web-%d", i), "1", "")
+		if err := f.Register(b.Context(), conn, protocol.Registration{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		name string
+		back uint64
+	}{{"none", 0}, {"one", 1}, {"all", 1 << 62}} {
+		b.Run(c.name, func(b *testing.B) {
+			u, _ := f.Since(0, all)
+			change := u.Change - min(c.back, u.Change)
+			b.ReportAllocs()
+			for b.Loop() {
+				f.Since(change, all)
+			}
+		})
+	}
+}
+
+// deadLink is a link that carries nothing.
+type deadLink struct{ fleet.Link }
+
+func (*deadLink) Err() error { return nil }

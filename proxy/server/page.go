@@ -292,6 +292,7 @@ func (s *Server) warnings(operator bool) []warning {
 		}
 	}
 	switch {
+	case s.cluster != nil: // etcd has both
 	case s.config.StoragePath == "":
 		add("storage", "Storage is off (--storage.path): after a restart lost agents are unknown, and nothing alerts for them; groups are gone.")
 	case !s.fleetStored:

@@ -503,3 +503,61 @@ func TestPageGzip(t *testing.T) {
 		t.Errorf("%d agents, %v", len(got.Data.Agents), err)
 	}
 }
+
+// TestPageCluster: a scrape that another proxy passes on is logged where it came in and
+// where the agent is. The page says which proxies hold an agent, and when etcd is away.
+func TestPageCluster(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	a, b := newMember(t, e, nil), newMember(t, e, nil)
+	_, port := newTarget(t, nil)
+	first := b.page(page{})
+	newAgent(t, a, allowAll)
+	b.holds("web-1", true)
+	got := b.page(first)
+	holder := a.page(page{}).Proxy
+	if got.Full || got.names() != "web-1" || !slices.Equal(got.Agents[0].Proxies, []string{holder}) {
+		t.Errorf("got %+v", got)
+	}
+	b.get("http://web-1:"+port+"/metrics").ok(t, "up 1")
+	tunnel := rawConn(t, b.addr)
+	fmt.Fprintf(tunnel, "CONNECT web-1:%s HTTP/1.1\r\nHost: web-1\r\n\r\nGET / HTTP/1.0\r\n\r\n", port)
+	if passed, err := io.ReadAll(tunnel); err != nil || !strings.Contains(string(passed), "up 1") {
+		t.Errorf("%q, %v", passed, err)
+	}
+	tunnel.Close()
+	for _, p := range []*testProxy{a, b} {
+		eventually(t, "both scrapes are logged with their bytes", func() bool {
+			var one struct {
+				Scrapes []struct {
+					Target, Mode string
+					Scrapes      int
+					History      []struct{ Bytes int }
+				}
+			}
+			p.api("/api/v1/agents/web-1", &one)
+			modes := map[string]int{}
+			for _, l := range one.Scrapes {
+				if l.Target == port && l.Scrapes == 1 {
+					modes[l.Mode] = l.History[0].Bytes
+				}
+			}
+			return len(one.Scrapes) == 2 && modes["proxy"] == 5 && modes["connect"] > 100
+		})
+	}
+	var status struct {
+		Cluster struct {
+			Up    bool `json:"etcd_up"`
+			Peers []struct{ ID, URL string }
+		}
+	}
+	if b.api("/api/v1/status", &status); !status.Cluster.Up || len(status.Cluster.Peers) != 1 || status.Cluster.Peers[0].ID != holder || status.Cluster.Peers[0].URL == "" {
+		t.Errorf("got %+v", status)
+	}
+	if jobs := scrapeJobs(t, b, "/api/v1/scrape_config"); fmt.Sprint(jobs["culvert-pushed"]["params"], jobs["culvert-proxy"]["params"]) != "map[only:[groups]] map[only:[self]]" {
+		t.Errorf("got %v", jobs)
+	}
+	e.stop()
+	b.logs.wait(t, "etcd does not answer")
+	eventually(t, "the page says that etcd is away", func() bool { return b.page(page{}).codes() == "open-access cluster" })
+}
