@@ -4,9 +4,12 @@ import (
 	"bufio"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -14,9 +17,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/culvert-io/culvert/client/agent"
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/proxy/fleet"
 	"github.com/culvert-io/culvert/proxy/server"
 )
 
@@ -560,4 +565,99 @@ func TestPageCluster(t *testing.T) {
 	e.stop()
 	b.logs.wait(t, "etcd does not answer")
 	eventually(t, "the page says that etcd is away", func() bool { return b.page(page{}).codes() == "open-access cluster" })
+}
+
+// BenchmarkPage asks a proxy that knows 10,000 agents and 10,000 groups for the page: all of
+// it, what changed where that is one group, and where nothing did.
+func BenchmarkPage(b *testing.B) {
+	logger := slog.New(slog.DiscardHandler)
+	s, err := server.New(server.Config{ListenAddresses: []string{"127.0.0.1:0"}, Fleet: fleet.Config{SettleTime: -1}, Logger: logger})
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := s.Listen(); err != nil {
+		b.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() { s.Run(ctx); close(ended) }()
+	b.Cleanup(func() { cancel(); <-ended })
+	client := &http.Client{Transport: &http.Transport{DisableCompression: true}}
+	b.Cleanup(client.CloseIdleConnections)
+	do := func(method, path, body string) []byte {
+		req, err := http.NewRequest(method, "http://"+s.Addr()+path, strings.NewReader(body))
+		if err != nil {
+			b.Fatal(err)
+		}
+		req.Header.Set("Accept-Encoding", "gzip")
+		resp, err := client.Do(req)
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		if err != nil || resp.StatusCode != 200 {
+			b.Fatal(resp.Status, err, string(text))
+		}
+		if resp.Header.Get("Content-Encoding") == "gzip" {
+			zr, err := gzip.NewReader(bytes.NewReader(text))
+			if err != nil {
+				b.Fatal(err)
+			}
+			text, _ = io.ReadAll(zr)
+		}
+		return text
+	}
+	const n = 10_000
+	var polls [100]net.Conn // the last ones: each has to live until its agent is registered
+	for i := range n {
+		if last := polls[i%len(polls)]; last != nil {
+			last.Close()
+		}
+		do("PUT", fmt.Sprintf("/metrics/job/backup/instance/web-%d.example.net?interval=24h", i), "last_success 1\nduration_seconds 17\n")
+		conn, err := net.Dial("tcp", s.Addr())
+		if err != nil {
+			b.Fatal(err)
+		}
+		name := fmt.Sprintf("web-%d.example.net", i)
+		fmt.Fprintf(conn, "POST /poll HTTP/1.1\r\nHost: proxy\r\nContent-Length: %d\r\n\r\n%s", len(name), name)
+		polls[i%len(polls)] = conn
+	}
+	for _, conn := range polls {
+		defer conn.Close()
+	}
+	ask := func(token string) page {
+		var got struct{ Data page }
+		if err := json.Unmarshal(do("GET", "/api/v1/page?since="+token, ""), &got); err != nil {
+			b.Fatal(err)
+		}
+		return got.Data
+	}
+	for len(ask("").Agents) < n {
+		time.Sleep(10 * time.Millisecond)
+	}
+	get := func(token string) { do("GET", "/api/v1/page?since="+token, "") }
+	b.Run("all", func(b *testing.B) {
+		for b.Loop() {
+			get("")
+		}
+	})
+	token := ask("").Token
+	do("PUT", "/metrics/job/backup/instance/web-1.example.net", "last_success 2\nduration_seconds 17\n")
+	b.Run("one", func(b *testing.B) {
+		for b.Loop() {
+			get(token)
+		}
+	})
+	token = ask(token).Token
+	b.Run("none", func(b *testing.B) {
+		for b.Loop() {
+			get(token)
+		}
+	})
+	b.Run("healthy", func(b *testing.B) { // the least that a request costs
+		for b.Loop() {
+			do("GET", "/-/healthy", "")
+		}
+	})
 }
