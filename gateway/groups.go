@@ -121,9 +121,12 @@ func (g *group) info(change uint64) GroupInfo {
 	if g.life.TTL > 0 && !g.expired {
 		info.Expires = g.expires()
 	}
-	for _, b := range g.image.blocks() {
-		if !isGenerated(b.name()) {
-			info.Series += len(b.series)
+	if g.image != nil {
+		info.Series = len(g.image.hashes)
+		for _, name := range []string{pushTimeName, failureTimeName, pushUpName} {
+			if _, ok := g.image.find(name); ok { // it has one series
+				info.Series--
+			}
 		}
 	}
 	return info
@@ -184,6 +187,7 @@ func (g *Gateway) ServeGroup(w http.ResponseWriter, r *http.Request, rest string
 	}
 	text := r.Clone(r.Context())
 	text.Header.Set("Accept", "text/plain;version=0.0.4")
+	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	expose(w, text, at, nil, newExpositions(g.config.Gzip), g.store.config.Logger)
 }
