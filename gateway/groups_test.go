@@ -78,7 +78,7 @@ func TestSince(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- store.Run(ctx) }()
 	defer func() { cancel(); <-done }()
-	s := server{t, gateway.New(gateway.Config{}, store)}
+	s := server{t: t, Gateway: gateway.New(gateway.Config{}, store)}
 	push := func(path, body string) { t.Helper(); s.want(200, "PUT", path, body) }
 	remove := func(path string) { t.Helper(); s.want(202, "DELETE", path, "") }
 	known := map[string]bool{}
