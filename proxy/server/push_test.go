@@ -770,8 +770,8 @@ func TestPushDeleteGroups(t *testing.T) {
 			}
 		})
 	}
-	if a := p.get("/api/v1/groups"); a.code != 405 || a.header.Get("Allow") != "DELETE, OPTIONS" {
-		t.Errorf("GET: got %d %v", a.code, a.header)
+	if a := p.send("PUT", "/api/v1/groups", "Content-Length: 0"); a.code != 405 || a.header.Get("Allow") != "DELETE, GET, HEAD, OPTIONS" {
+		t.Errorf("PUT: got %d %v", a.code, a.header)
 	}
 }
 
