@@ -40,7 +40,7 @@ const (
 // Scrape is a scrape that has passed through this proxy, or failed to.
 type Scrape struct {
 	Host, Port string // as asked for, the host in its normal form; the port may be missing
-	URL        string // as asked for
+	URL        string // as asked for; user and password are not kept
 	Mode       string // "proxy", "path" or "connect"
 	At         time.Time
 	Took       time.Duration
@@ -127,7 +127,7 @@ func (f *Fleet) LogScrape(a *Agent, s Scrape) Logged {
 	number := t.scrapes
 	t.scrapes++
 	if t.url != s.URL {
-		t.url = clipText(s.URL)
+		t.url = clipText(withoutUser(s.URL))
 	}
 	t.mode = s.Mode
 	if s.Answered {
@@ -323,7 +323,7 @@ func (f *Fleet) showHealth(a *Agent) {
 type TargetLog struct {
 	// Target is a port of the agent's host, a named target, or HOST:PORT.
 	Target   string `json:"target"`
-	URL      string `json:"url"` // of the last scrape, as asked for
+	URL      string `json:"url"` // of the last scrape, as asked for, but for user and password
 	Mode     string `json:"mode"`
 	Scrapes  uint64 `json:"scrapes"`
 	Failures uint64 `json:"failures"`
@@ -374,6 +374,19 @@ func (f *Fleet) Scrapes(name string) (logs []TargetLog, bytes int64, ok bool) {
 		return cmp.Or(cmp.Compare(a.Target, b.Target), cmp.Compare(a.URL, b.URL))
 	})
 	return logs, bytes, true
+}
+
+// withoutUser takes a user and a password out of a URL: the log is for others too.
+func withoutUser(u string) string {
+	scheme, rest, ok := strings.Cut(u, "://")
+	if !ok {
+		return u
+	}
+	end := strings.IndexAny(rest, "/?#")
+	if end < 0 {
+		end = len(rest)
+	}
+	return scheme + "://" + rest[strings.LastIndexByte(rest[:end], '@')+1:]
 }
 
 // clipText copies text, for what it is a part of may be much larger, and shortens it.

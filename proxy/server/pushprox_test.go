@@ -244,6 +244,30 @@ func TestPushProxScrapes(t *testing.T) {
 		})
 	}
 
+	// They are logged as all scrapes are, without what is for the target alone.
+	for name, want := range map[string]string{"node-0": "9100 http://node-0:9100/metrics?x=1 ok 4", "node-2": "1 http://node-2:1/ ok 4"} {
+		eventually(t, "the scrape of "+name+" is logged", func() bool {
+			var one struct {
+				Scrapes []struct {
+					Target, URL string
+					History     []struct {
+						Outcome string
+						Bytes   int
+					}
+				}
+			}
+			p.api("/api/v1/agents/"+name, &one)
+			if len(one.Scrapes) == 0 {
+				return false
+			}
+			l := one.Scrapes[0]
+			if got := fmt.Sprint(l.Target, " ", l.URL, " ", l.History[0].Outcome, " ", l.History[0].Bytes); got != want {
+				t.Fatalf("got %s, want %s", got, want)
+			}
+			return true
+		})
+	}
+
 	// There always is a timeout, and the values of section 6 mean what they say.
 	client := newRawClient(t, p, "node-timeouts")
 	for value, most := range map[string]float64{"0.5": .5, "10": 10, "600": 300, "": 15, "abc": 15, "0": 15, "-1": 15, "NaN": 15, "+Inf": 300, "1e300": 300, "9.3e9": 300} {
