@@ -75,6 +75,7 @@ func run(ctx context.Context, flags *flags) error {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		versioncollector.NewCollector("culvert_client"))
+	reloaded := newReloadMetrics(registry)
 	settings.Agent.Gatherer = registry
 	logger := settings.Agent.Logger
 	a, err := agent.New(settings.Agent)
@@ -101,6 +102,7 @@ func run(ctx context.Context, flags *flags) error {
 				return
 			case <-hangup:
 				err := reload(flags, a, registry, settings)
+				reloaded.set(err)
 				if err != nil {
 					logger.Error("Reload failed, the old configuration stays", "err", err)
 				} else {
@@ -133,6 +135,34 @@ func reload(flags *flags, a *agent.Agent, registry *prometheus.Registry, first *
 		}
 	}
 	return a.Reload(settings.Agent)
+}
+
+// reloadMetrics tell whether the configuration in use is the one in the file.
+type reloadMetrics struct{ ok, at prometheus.Gauge }
+
+func newReloadMetrics(registry *prometheus.Registry) *reloadMetrics {
+	m := &reloadMetrics{
+		ok: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "culvert_client_config_last_reload_successful",
+			Help: "Whether the last reload of the configuration succeeded. At 0 the agent goes on with the old one; the log says what is wrong, and check-config does.",
+		}),
+		at: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "culvert_client_config_last_reload_success_timestamp_seconds",
+			Help: "When the configuration was last loaded with success.",
+		}),
+	}
+	registry.MustRegister(m.ok, m.at)
+	m.set(nil)
+	return m
+}
+
+func (m *reloadMetrics) set(err error) {
+	if err != nil {
+		m.ok.Set(0)
+		return
+	}
+	m.ok.Set(1)
+	m.at.SetToCurrentTime()
 }
 
 // serveMetrics serves what the target "agent" serves, on every path, as PushProx's

@@ -261,7 +261,7 @@ func (a *Agent) startLinks() {
 			l.stop()
 			delete(a.links, key)
 			if key.address.IsValid() { // of names with many addresses in the course of time
-				for _, counter := range []*prometheus.CounterVec{a.metrics.connects, a.metrics.reconnects, a.metrics.polls, a.metrics.polled} {
+				for _, counter := range []*prometheus.CounterVec{a.metrics.connects, a.metrics.reconnects, a.metrics.polls, a.metrics.polled, a.metrics.relayed, a.metrics.relayRetries} {
 					counter.DeletePartialMatch(prometheus.Labels{"proxy": l.label})
 				}
 			}

@@ -146,6 +146,9 @@ func (r *relay) connect() bool {
 	if r.session, r.proxy = session, proxy; session == nil {
 		return true
 	}
+	for _, outcome := range []string{"applied", "repeated", "refused", "too_large", "other"} {
+		r.pushes.agent.metrics.relayed.WithLabelValues(proxy, outcome) // else increase() would not see the first
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	r.hangUp = cancel
 	r.client = &http.Transport{

@@ -413,6 +413,36 @@ scrapers: [{name: prom, basic_auth: {username: prom, password_hash: '`+secretHas
 	wg.Wait()
 }
 
+// TestExpiry: who expires is told of the roles as they are after a reload, and who never
+// does is not.
+func TestExpiry(t *testing.T) {
+	t.Parallel()
+	registry := prometheus.NewRegistry()
+	a := access.New(nil, nil, registry, slog.New(slog.DiscardHandler))
+	const family = "culvert_proxy_credential_expiry_timestamp_seconds"
+	if n, err := testutil.GatherAndCount(registry, family); n != 0 || err != nil {
+		t.Errorf("without roles there are %d series, %v", n, err)
+	}
+	a.SetRoles(mustCompile(t, `
+agents:
+- {name: berlin, token_hash: `+hashOf("berlin")+`, agents: ['*'], expires: 2027-01-31}
+- {name: ever, token_hash: `+hashOf("ever")+`, agents: ['*']}
+operators:
+- {name: berlin, token_hash: `+hashOf("operator")+`, expires: 2027-01-31T12:00:00Z}
+`))
+	if err := testutil.GatherAndCompare(registry, strings.NewReader(`
+# HELP culvert_proxy_credential_expiry_timestamp_seconds When an entry of the roles expires, of those that do. An agent whose entry has expired loses its session; make a new token, or move the date, before that.
+# TYPE culvert_proxy_credential_expiry_timestamp_seconds gauge
+culvert_proxy_credential_expiry_timestamp_seconds{name="berlin",role="agents"} 1.8013536e+09
+culvert_proxy_credential_expiry_timestamp_seconds{name="berlin",role="operators"} 1.8013968e+09
+`), family); err != nil {
+		t.Error(err)
+	}
+	if problems, err := testutil.GatherAndLint(registry); err != nil || len(problems) > 0 {
+		t.Error(problems, err)
+	}
+}
+
 func TestAddress(t *testing.T) {
 	t.Parallel()
 	trusted, err := access.ParseTrusted("10.0.0.0/8")

@@ -70,9 +70,29 @@ func New(roles *Roles, trusted []netip.Prefix, registerer prometheus.Registerer,
 	for _, reason := range []Reason{Missing, Wrong, Expired, Slowed, Busy} {
 		a.failures.WithLabelValues(string(reason))
 	}
-	registerer.MustRegister(a.failures)
+	registerer.MustRegister(a.failures, expiryCollector{a})
 	a.SetRoles(roles)
 	return a
+}
+
+var expiryDesc = prometheus.NewDesc("culvert_proxy_credential_expiry_timestamp_seconds",
+	"When an entry of the roles expires, of those that do. An agent whose entry has expired loses its session; make a new token, or move the date, before that.", []string{"role", "name"}, nil)
+
+// expiryCollector tells of the roles as they are now.
+type expiryCollector struct{ authenticator *Authenticator }
+
+func (c expiryCollector) Describe(ch chan<- *prometheus.Desc) { ch <- expiryDesc }
+
+func (c expiryCollector) Collect(ch chan<- prometheus.Metric) {
+	roles := c.authenticator.Roles()
+	if roles.Open() {
+		return
+	}
+	for _, e := range roles.entries {
+		if !e.expires.IsZero() {
+			ch <- prometheus.MustNewConstMetric(expiryDesc, prometheus.GaugeValue, float64(e.expires.Unix()), string(e.role), e.name)
+		}
+	}
 }
 
 // Roles returns the current roles.

@@ -1,6 +1,8 @@
 package server
 
 import (
+	"errors"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -82,7 +84,7 @@ func newMetrics(registry *prometheus.Registry, s *Server) *metrics {
 		}),
 	}
 	registry.MustRegister(m.scrapes, m.duration, m.bytes, m.handshakes, m.registrations, m.ended, m.rtt, m.relayed, m.pushProx, m.reloadOK, m.reloadTime,
-		agentsCollector{s},
+		agentsCollector{s}, newCertificateCollector(s.config),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "culvert_proxy_streams",
 			Help: "Open streams of all sessions, the pooled ones included.",
@@ -97,8 +99,12 @@ func newMetrics(registry *prometheus.Registry, s *Server) *metrics {
 		}, func() float64 { return float64(m.stats.BytesWritten.Load()) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "culvert_proxy_handshakes_pending",
-			Help: "Sessions that have not registered yet.",
+			Help: "Sessions that have not registered yet. Near culvert_proxy_handshakes_max_pending agents are told to come back later.",
 		}, func() float64 { return float64(s.admission.pending()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "culvert_proxy_handshakes_max_pending",
+			Help: "Sessions that may be without a registration at a time: --agent.max-handshakes.",
+		}, func() float64 { return float64(s.admission.places) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "culvert_proxy_pushprox_clients",
 			Help: "PushProx clients that are connected to this proxy; culvert_proxy_agents counts them too.",
@@ -121,6 +127,13 @@ func newMetrics(registry *prometheus.Registry, s *Server) *metrics {
 		}))
 	for _, outcome := range []string{relayApplied, relayRepeated, relayRefused, relayUnavailable} {
 		m.relayed.WithLabelValues(outcome)
+	}
+	// Of a counter that appears with its first event, increase() does not see that.
+	for _, code := range []protocol.Code{protocol.CodeNoUpgrade, protocol.CodeInvalid, protocol.CodeUnauthorized, protocol.CodeForbidden, protocol.CodeVersion, protocol.CodeBusy, protocol.CodeDraining} {
+		m.handshakes.WithLabelValues(string(code))
+	}
+	for _, code := range []protocol.Code{protocol.CodeInvalid, protocol.CodeForbidden, protocol.CodeTaken, protocol.CodeCollision, protocol.CodeTooLarge, protocol.CodeUnavailable} {
+		m.registrations.WithLabelValues(string(code))
 	}
 	m.reloaded(nil)
 	return m
@@ -146,4 +159,37 @@ func (c agentsCollector) Collect(ch chan<- prometheus.Metric) {
 	connected, lost := c.server.fleet.Counts()
 	ch <- prometheus.MustNewConstMetric(agentsDesc, prometheus.GaugeValue, float64(connected), "connected")
 	ch <- prometheus.MustNewConstMetric(agentsDesc, prometheus.GaugeValue, float64(lost), "lost")
+}
+
+var certificateDesc = prometheus.NewDesc("culvert_proxy_tls_certificate_expiry_timestamp_seconds",
+	"When the certificate of a web configuration expires; 0 where it can't be read, so that nobody can connect by TLS.", []string{"config"}, nil)
+
+// certificateCollector tells of the certificates of the web configurations as they are now.
+type certificateCollector []*keptTLS
+
+func newCertificateCollector(config Config) (c certificateCollector) {
+	paths := []string{config.WebConfigFile, config.AgentWebConfigFile, config.Cluster.WebConfigFile}
+	slices.Sort(paths)
+	for _, path := range slices.Compact(paths) { // listeners may share a file
+		if path != "" {
+			c = append(c, &keptTLS{path: path})
+		}
+	}
+	return c
+}
+
+func (c certificateCollector) Describe(ch chan<- *prometheus.Desc) { ch <- certificateDesc }
+
+func (c certificateCollector) Collect(ch chan<- prometheus.Metric) {
+	for _, kept := range c {
+		expiry := 0.0
+		config, err := kept.current()
+		if errors.Is(err, errNoTLS) {
+			continue
+		}
+		if err == nil {
+			expiry = float64(config.Certificates[0].Leaf.NotAfter.Unix())
+		}
+		ch <- prometheus.MustNewConstMetric(certificateDesc, prometheus.GaugeValue, expiry, kept.path)
+	}
 }

@@ -158,6 +158,9 @@ type keptTLS struct {
 	stamp  string // of the files, before they were read
 }
 
+// errNoTLS: the web configuration has no section tls_server_config, or has lost it.
+var errNoTLS = errors.New("it has no TLS")
+
 func (k *keptTLS) current() (*tls.Config, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -170,14 +173,14 @@ func (k *keptTLS) current() (*tls.Config, error) {
 	if err != nil {
 		return nil, err
 	}
+	if !config.TLSConfig.IsEnabled() {
+		return nil, fmt.Errorf("web configuration %s: %w", k.path, errNoTLS)
+	}
 	k.files = []string{k.path, config.TLSConfig.TLSCertPath, config.TLSConfig.TLSKeyPath, config.TLSConfig.ClientCAs}
 	stamp := stampOf(k.files)
 	tlsConfig, err := web.ConfigToTLSConfig(&config.TLSConfig)
 	if err != nil {
 		return nil, err
-	}
-	if tlsConfig == nil {
-		return nil, errors.New("the web configuration has no TLS any more")
 	}
 	certificate, err := tlsConfig.GetCertificate(nil) // it would read the files anew each time
 	if err != nil {

@@ -14,6 +14,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
 	"github.com/culvert-io/culvert/proxy/server"
 )
 
@@ -61,6 +64,20 @@ func TestWebConfig(t *testing.T) {
 			t.Errorf("negotiated %q", got)
 		}
 	})
+	t.Run("expiry", func(t *testing.T) {
+		registry, path := prometheus.NewRegistry(), newCertificate(t)
+		newProxy(t, func(c *server.Config) { c.Registry, c.WebConfigFile = registry, path })
+		const family = "culvert_proxy_tls_certificate_expiry_timestamp_seconds"
+		if left := time.Until(time.Unix(int64(metricSum(t, registry, family, path)), 0)); left < 30*time.Minute || left > time.Hour {
+			t.Errorf("the certificate of an hour is said to expire in %s", left)
+		}
+		if err := os.Remove(filepath.Join(filepath.Dir(path), "key.pem")); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := testutil.GatherAndCount(registry, family); n != 1 || err != nil || metricSum(t, registry, family) != 0 {
+			t.Errorf("of a certificate without its key there are %d series, %v", n, err)
+		}
+	})
 	write := func(text string) string {
 		path := filepath.Join(t.TempDir(), "web.yml")
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
@@ -69,9 +86,13 @@ func TestWebConfig(t *testing.T) {
 		return path
 	}
 	t.Run("headers", func(t *testing.T) {
+		registry := prometheus.NewRegistry()
 		p := newProxy(t, func(c *server.Config) {
-			c.WebConfigFile = write("http_server_config: {headers: {X-Frame-Options: deny}}")
+			c.Registry, c.WebConfigFile = registry, write("http_server_config: {headers: {X-Frame-Options: deny}}")
 		})
+		if n, err := testutil.GatherAndCount(registry, "culvert_proxy_tls_certificate_expiry_timestamp_seconds"); n != 0 || err != nil {
+			t.Errorf("without a certificate there are %d series of certificates, %v", n, err)
+		}
 		for _, path := range []string{"/clients", "http://nobody/metrics", "/tunnel"} {
 			if v := p.get(path).header.Get("X-Frame-Options"); v != "deny" {
 				t.Errorf("%s: X-Frame-Options: %q", path, v)
