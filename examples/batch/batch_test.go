@@ -403,12 +403,16 @@ func TestPrometheus(t *testing.T) {
 func startPrometheus(t *testing.T, program, proxy string) string {
 	t.Helper()
 	dir := t.TempDir()
+	monitoring, err := filepath.Abs("../monitoring")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range []string{"prometheus.yml", "alerts.yml"} {
 		text, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		edited := strings.ReplaceAll(string(text), "culvert.example.net:8080", proxy)
+		edited := strings.NewReplacer("culvert.example.net:8080", proxy, "../monitoring/", monitoring+"/").Replace(string(text))
 		if name == "prometheus.yml" {
 			edited = "global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 1s}\n" + edited
 		}

@@ -100,10 +100,14 @@ func TestPrometheus(t *testing.T) {
 func startPrometheus(t *testing.T, program, address string) string {
 	t.Helper()
 	dir := t.TempDir()
+	monitoring, err := filepath.Abs("../monitoring")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, edit := range map[string]func(string) string{
 		"prometheus.yml": func(text string) string {
 			return "global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 1s}\n" +
-				strings.Replace(text, "[localhost:8080]", "["+address+"]", 1)
+				strings.NewReplacer("[localhost:8080]", "["+address+"]", "../monitoring/", monitoring+"/").Replace(text)
 		},
 		"alerts.yml": func(text string) string { return text },
 	} {
