@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	versioncollector "github.com/prometheus/client_golang/prometheus/collectors/version"
@@ -47,7 +48,9 @@ func main() {
 	case "push":
 		err = push(ctx, os.Stdin, flags)
 	default:
-		err = run(ctx, flags)
+		hangup := make(chan os.Signal, 1)
+		signal.Notify(hangup, syscall.SIGHUP)
+		err = run(ctx, flags, hangup)
 	}
 	if err != nil {
 		complain(err)
@@ -63,8 +66,9 @@ func complain(err error) {
 	fmt.Fprintf(os.Stderr, "culvert-client: %s\n", strings.ReplaceAll(err.Error(), "\n", "\nculvert-client: "))
 }
 
-// run keeps the tunnels until ctx ends.
-func run(ctx context.Context, flags *flags) error {
+// run keeps the tunnels until ctx ends, and reads the configuration again for each
+// hangup.
+func run(ctx context.Context, flags *flags, hangup <-chan os.Signal) error {
 	settings, err := flags.load()
 	if err != nil {
 		return err
@@ -92,13 +96,15 @@ func run(ctx context.Context, flags *flags) error {
 	stopMetrics := serveMetrics(settings.MetricsAddress, a, logger)
 	defer stopMetrics()
 
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
 	go func() {
+		ready := a.Ready()
 		for {
 			select {
+			case <-ready:
+				ready = nil
+				tellSystemd(logger, daemon.SdNotifyReady)
 			case <-ctx.Done():
+				tellSystemd(logger, daemon.SdNotifyStopping)
 				return
 			case <-hangup:
 				err := reload(flags, a, registry, settings)
@@ -112,6 +118,13 @@ func run(ctx context.Context, flags *flags) error {
 		}
 	}()
 	return a.Run(ctx)
+}
+
+// tellSystemd tells the state to the service manager, where one asked for it (Type=notify).
+func tellSystemd(logger *slog.Logger, state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		logger.Warn("The service manager could not be told", "state", state, "err", err)
+	}
 }
 
 // reload reads the configuration again. first is that of the start.

@@ -1,3 +1,5 @@
+//go:build unix
+
 package main
 
 import (
@@ -85,7 +87,7 @@ func TestPushProxFlags(t *testing.T) {
 		f.log.Writer = log
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- run(ctx, f) }()
+		go func() { done <- run(ctx, f, nil) }()
 		stop = sync.OnceFunc(func() {
 			cancel()
 			if err := <-done; err != nil {

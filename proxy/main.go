@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/url"
 	"os"
 	"os/signal"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/alecthomas/kingpin/v2"
 	"github.com/alecthomas/units"
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	versioncollector "github.com/prometheus/client_golang/prometheus/collectors/version"
@@ -71,6 +73,7 @@ func run(ctx context.Context, config server.Config) error {
 		return err
 	}
 	go saveMemory(ctx)
+	tellSystemd(config.Logger, daemon.SdNotifyReady)
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
@@ -80,11 +83,19 @@ func run(ctx context.Context, config server.Config) error {
 			case <-hangup:
 				_ = s.Reload() // it logs, and the old configuration stays
 			case <-ctx.Done():
+				tellSystemd(config.Logger, daemon.SdNotifyStopping)
 				return
 			}
 		}
 	}()
 	return s.Run(ctx)
+}
+
+// tellSystemd tells the state to the service manager, where one asked for it (Type=notify).
+func tellSystemd(logger *slog.Logger, state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		logger.Warn("The service manager could not be told", "state", state, "err", err)
+	}
 }
 
 // flags is the command line.

@@ -150,6 +150,7 @@ type Agent struct {
 	links    map[linkKey]*link
 	resolved map[string][]netip.Addr // by host, for ResolveAll
 	started  bool                    // Run was called
+	ready    chan struct{}           // closed by Run
 	running  context.Context         // of the links, nil before there are any
 	tasks    sync.WaitGroup          // the links' goroutines
 	held     map[string]*link        // by the proxy's ID: one session each
@@ -159,7 +160,7 @@ type Agent struct {
 func New(cfg Config) (*Agent, error) {
 	id := make([]byte, 16)
 	rand.Read(id)
-	a := &Agent{instance: hex.EncodeToString(id), links: map[linkKey]*link{}, resolved: map[string][]netip.Addr{}, resolveNow: make(chan struct{}, 1), held: map[string]*link{}, scrapes: new(places), tunnels: new(places)}
+	a := &Agent{instance: hex.EncodeToString(id), links: map[linkKey]*link{}, resolved: map[string][]netip.Addr{}, resolveNow: make(chan struct{}, 1), ready: make(chan struct{}), held: map[string]*link{}, scrapes: new(places), tunnels: new(places)}
 	logger := func() *slog.Logger { return a.current.Load().Logger }
 	for _, r := range []*rarely{&a.refusedAddress, &a.refusedPort, &a.longResponse, &a.replacedPoll, &a.lostPush} {
 		r.logger = logger
@@ -195,12 +196,16 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.running = ctx
 	a.startLinks()
 	a.mu.Unlock()
+	close(a.ready)
 	a.tasks.Go(func() { a.resolveLoop(ctx) })
 	<-ctx.Done()
 	stopPushes()
 	a.tasks.Wait()
 	return nil
 }
+
+// Ready returns a channel that is closed when Run takes pushes and dials the proxies.
+func (a *Agent) Ready() <-chan struct{} { return a.ready }
 
 // Reload takes a new configuration. Sessions stay where the name is the same: the
 // registration is replaced in place, and no scrape is dropped. New TLS settings
