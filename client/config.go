@@ -184,6 +184,7 @@ func (f *flags) app() *kingpin.Application {
 	app.Command("leave", "Have the proxies forget this agent now. Stop the agent first.")
 	app.Command("check-config", "Check flags and --config.file, and say what the agent would do.")
 	f.job.addTo(app)
+	addServiceCommands(app)
 	return app
 }
 

@@ -28,6 +28,9 @@ import (
 
 func main() {
 	version.Version = protocol.BuildVersion()
+	if runAsService() {
+		return
+	}
 	flags, command, err := parseFlags(os.Args[1:])
 	if err != nil {
 		complain(err)
@@ -47,6 +50,8 @@ func main() {
 		err = checkConfig(os.Stdout, flags)
 	case "push":
 		err = push(ctx, os.Stdin, flags)
+	case "service install", "service uninstall":
+		err = controlService(command, flags, os.Args[1:])
 	default:
 		hangup := make(chan os.Signal, 1)
 		signal.Notify(hangup, syscall.SIGHUP)
