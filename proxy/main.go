@@ -121,6 +121,7 @@ type flags struct {
 func (c *flags) app() *kingpin.Application {
 	app := kingpin.New("culvert-proxy", "Carries Prometheus's scrapes to agents behind firewalls and NAT.")
 	app.HelpFlag.Short('h')
+	app.UsageFuncs(manFuncs)
 	app.Version(version.Print("culvert-proxy"))
 	app.UsageWriter(os.Stdout)
 
