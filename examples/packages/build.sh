@@ -57,7 +57,7 @@ for kind in proxy client; do
 	"$work/$host/$name" --completion-script-bash >"$root/$name.bash"
 	"$work/$host/$name" --completion-script-zsh >"$root/_$name"
 	gzip -9nc README.md >"$root/README.md.gz"
-	gzip -9nc CHANGELOG.md >"$root/changelog.gz"
+	gzip -9nc CHANGELOG.md >"$root/CHANGELOG.md.gz"
 	# What is linked in has licenses that want to be passed on.
 	go list -deps -f '{{with .Module}}{{if not .Main}}{{.Path}} {{.Version}} {{.Dir}}{{end}}{{end}}' "./$kind" | sort -u |
 		while read -r module version dir; do
