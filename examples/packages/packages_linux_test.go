@@ -55,6 +55,14 @@ func TestMain(m *testing.M) {
 	}())
 }
 
+var download = sync.OnceValue(func() error {
+	out, err := exec.Command("go", "-C", "nfpm", "mod", "download").CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
+})
+
 var build = sync.OnceValues(func() (string, error) {
 	cmd := exec.Command("./build.sh", built)
 	cmd.Env = append(os.Environ(), "VERSION="+version)
@@ -68,9 +76,8 @@ func rpm(t *testing.T, name string) string { return pkg(t, name+"-"+version+"-1.
 
 func pkg(t *testing.T, pattern string) string {
 	t.Helper()
-	external(t, "go", "golang")
-	if out, err := exec.Command("go", "-C", "nfpm", "mod", "download").CombinedOutput(); err != nil {
-		missing(t, "nfpm can't be had: "+string(out))
+	if err := download(); err != nil {
+		missing(t, "nfpm can't be had: "+err.Error())
 	}
 	if out, err := build(); err != nil {
 		t.Fatalf("build.sh: %v\n%s", err, out)
@@ -94,7 +101,7 @@ var files = map[string]fs.FileMode{
 	"/usr/share/man/man1/NAME.1.gz":                 0o644,
 	"/usr/share/bash-completion/completions/NAME":   0o644,
 	"/usr/share/doc/NAME/README.md.gz":              0o644,
-	"/usr/share/doc/NAME/changelog.gz":              0o644,
+	"/usr/share/doc/NAME/CHANGELOG.md.gz":           0o644,
 	"/usr/share/doc/NAME/LICENSES.gz":               0o644,
 	"/usr/share/doc/NAME/copyright (deb)":           0o644,
 	"/usr/share/zsh/vendor-completions/_NAME (deb)": 0o644,
@@ -145,12 +152,38 @@ func leftFiles(root, name, format string) []string {
 }
 
 // TestDpkg installs and removes the packages in an empty directory: there are no
-// programs in it, and no systemd runs there.
+// programs in it, and no systemd runs there. The packages' scripts run with this machine's
+// programs, and then without systemd's.
 func TestDpkg(t *testing.T) {
 	external(t, "dpkg", "dpkg")
+	external(t, "systemctl", "systemd")
 	if os.Getuid() != 0 {
 		missing(t, "only root can install packages")
 	}
+	t.Run("systemd", func(t *testing.T) { testDpkg(t, true) })
+	t.Run("without systemd", func(t *testing.T) {
+		programs := t.TempDir()
+		for _, name := range []string{"sh", "dpkg", "dpkg-deb", "dpkg-split", "tar", "xz", "rm", "rmdir", "diff", "sed", "chgrp", "getent", "useradd", "ldconfig", "start-stop-daemon"} {
+			path, err := exec.LookPath(name)
+			if err != nil {
+				path, err = exec.LookPath("/usr/sbin/" + name)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Symlink(path, filepath.Join(programs, name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, name := range names {
+			deb(t, name) // needs more programs
+		}
+		t.Setenv("PATH", programs)
+		testDpkg(t, false)
+	})
+}
+
+func testDpkg(t *testing.T, systemd bool) {
 	root := t.TempDir()
 	for path, text := range map[string]string{"var/lib/dpkg/status": "", "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n", "etc/group": "root:x:0:\n"} {
 		if err := os.MkdirAll(filepath.Join(root, filepath.Dir(path)), 0o755); err != nil {
@@ -186,8 +219,10 @@ func TestDpkg(t *testing.T) {
 			if err != nil || !strings.Contains(string(out), name+", version "+version+" (branch: ") {
 				t.Errorf("--version: %v\n%s", err, out)
 			}
-			if out, err := exec.Command(external(t, "systemctl", "systemd"), "--root="+root, "enable", name).CombinedOutput(); err != nil {
-				t.Fatalf("%v\n%s", err, out)
+			if systemd {
+				if out, err := exec.Command("systemctl", "--root="+root, "enable", name).CombinedOutput(); err != nil {
+					t.Fatalf("%v\n%s", err, out)
+				}
 			}
 			data := filepath.Join(root, "var/lib", name, "data")
 			if err := os.MkdirAll(data, 0o700); err != nil {

@@ -112,11 +112,22 @@ metrics_address: ""
 		}
 	}
 
+	// As long as the system allows: a fleet that reconnects has to fit in.
+	if out, want := m.run("ss", "--listening", "--tcp", "--numeric", "--no-header", "sport = :8080"), strings.TrimSpace(m.run("cat", "/proc/sys/net/core/somaxconn")); !slices.Contains(strings.Fields(out), want) {
+		t.Errorf("the accept queue is shorter than %s:\n%s", want, out)
+	}
+
 	// Reload: systemd's is done when the signal is sent.
 	m.write("/etc/culvert-client/client.yml", strings.ReplaceAll(m.run("cat", "/etc/culvert-client/client.yml"), "allow: [8080]", "allow: [8080]\ntargets: [{name: proxy, url: 'http://127.0.0.1:8080/metrics'}]"), 0o644)
 	m.run("systemctl", "reload", "culvert-proxy", "culvert-client")
 	if out := m.scrape("http://proxy.web-1.example.net/metrics"); !strings.Contains(out, "culvert_proxy_build_info{") {
 		t.Errorf("a target that came with a reload is not in reach:\n%s", out)
+	}
+
+	// What is killed comes back.
+	m.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "culvert-proxy", "culvert-client")
+	if out := m.scrape("http://agent.web-1.example.net/metrics"); !strings.Contains(out, "\njob_rows{") {
+		t.Errorf("after a kill there is no push of before:\n%s", out)
 	}
 
 	// An upgrade restarts what runs, and keeps what was configured.
