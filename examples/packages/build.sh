@@ -58,8 +58,11 @@ for kind in proxy client; do
 	"$work/$host/$name" --completion-script-zsh >"$root/_$name"
 	gzip -9nc README.md >"$root/README.md.gz"
 	gzip -9nc CHANGELOG.md >"$root/CHANGELOG.md.gz"
-	# What is linked in has licenses that want to be passed on.
-	go list -deps -f '{{with .Module}}{{if not .Main}}{{.Path}} {{.Version}} {{.Dir}}{{end}}{{end}}' "./$kind" | sort -u |
+	# What is linked in has licenses that want to be passed on, and so has Go's library.
+	{
+		echo "Go $(go env GOVERSION) $(go env GOROOT)"
+		go list -deps -f '{{with .Module}}{{if not .Main}}{{.Path}} {{.Version}} {{.Dir}}{{end}}{{end}}' "./$kind" | sort -u
+	} |
 		while read -r module version dir; do
 			for file in "$dir"/LICENSE* "$dir"/NOTICE* "$dir"/COPYING*; do
 				[ ! -f "$file" ] || printf '\n==== %s %s: %s\n\n' "$module" "$version" "$(basename "$file")" | cat - "$file"

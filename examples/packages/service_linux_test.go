@@ -83,6 +83,11 @@ metrics_address: ""
 	// Both said that they were ready.
 	m.run("curl", "--silent", "--show-error", "--fail", "http://127.0.0.1:8080/-/healthy")
 	m.run("curl", "--silent", "--show-error", "--fail", "--data-binary", "job_rows 3\n", "--unix-socket", "/run/culvert-client/push.sock", "http://agent/metrics/job/report/instance/a")
+	for group, want := range map[string]int{"culvert-client": 0, "nogroup": 7} { // 7: curl couldn't connect
+		if out, code := m.try("runuser", "--user=nobody", "--group="+group, "--", "curl", "--silent", "--show-error", "--fail", "--unix-socket", "/run/culvert-client/push.sock", "http://agent/-/ready"); code != want {
+			t.Errorf("a user of the group %s pushes with the exit code %d, want %d\n%s", group, code, want, out)
+		}
+	}
 	if out := m.scrape("http://web-1.example.net:8080/metrics"); !strings.Contains(out, "culvert_proxy_build_info{") {
 		t.Errorf("an exporter on localhost is not in reach:\n%s", out)
 	}
