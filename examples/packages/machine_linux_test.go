@@ -53,8 +53,11 @@ func startMachine(t *testing.T) *machine {
 			cmd.Process.Kill() // and with it all of its processes
 			<-ended
 		}
-		for _, tree := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"} {
-			removeGroups(t, filepath.Join(tree, cgroup))
+		for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
+			found, _ := filepath.Glob(pattern + cgroup)
+			for _, path := range found {
+				removeGroups(t, path)
+			}
 		}
 	})
 	deadline := time.After(30 * time.Second)

@@ -8,10 +8,13 @@ dir=$1 cgroup=$2
 
 if [ $# = 2 ]; then
 	mount --make-rprivate /
-	for tree in /sys/fs/cgroup /sys/fs/cgroup/unified /sys/fs/cgroup/systemd; do
-		if [ -e $tree/cgroup.procs ]; then
-			mkdir "$tree/$cgroup"
-			echo 0 >"$tree/$cgroup/cgroup.procs"
+	# A group of its own in each hierarchy, so that nothing is left in this machine's.
+	trees=/sys/fs/cgroup
+	[ -e /sys/fs/cgroup/cgroup.procs ] || trees="/sys/fs/cgroup/*"
+	for tree in $trees; do
+		if [ ! -L "$tree" ] && mkdir "$tree/$cgroup"; then
+			# A cpuset takes nobody before it is set up, and systemd has no use for it.
+			echo 0 2>/dev/null >"$tree/$cgroup/cgroup.procs" || rmdir "$tree/$cgroup"
 		fi
 	done
 	exec unshare --cgroup "$0" "$dir" "$cgroup" inside
