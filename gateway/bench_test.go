@@ -97,7 +97,7 @@ func BenchmarkExpose(b *testing.B) {
 				r := httptest.NewRequest(http.MethodGet, "/metrics", nil)
 				r.Header = header
 				w := &discard{header: http.Header{}}
-				g.ServeMetrics(w, r)
+				gateway.ServeMetrics(g, w, r)
 				b.SetBytes(w.n)
 			}
 		})

@@ -54,7 +54,7 @@ func (s server) scrape(header ...string) *httptest.ResponseRecorder {
 		r.Header.Set(header[i], header[i+1])
 	}
 	w := httptest.NewRecorder()
-	s.ServeMetrics(w, r)
+	gateway.ServeMetrics(s.Gateway, w, r)
 	return w
 }
 

@@ -346,8 +346,8 @@ func (g *Gateway) refuseOwn(e *edit) {
 }
 
 // ServeMetrics answers a scrape: the groups and the server's own metrics, or one
-// of them with ?only=groups or ?only=self.
-func (g *Gateway) ServeMetrics(w http.ResponseWriter, r *http.Request) {
+// of them with ?only=groups or ?only=self. It is a function for the reason that Since is one.
+func ServeMetrics(g *Gateway, w http.ResponseWriter, r *http.Request) {
 	var own []*dto.MetricFamily
 	at := &moment{heads: map[string]*head{}}
 	only := r.URL.Query().Get("only")

@@ -91,7 +91,7 @@ func (s server) want(status int, method, path, body string, header ...string) st
 func (s server) samples(all bool) string {
 	s.t.Helper()
 	w := httptest.NewRecorder()
-	s.ServeMetrics(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	gateway.ServeMetrics(s.Gateway, w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
 	var lines []string
 	for line := range strings.Lines(w.Body.String()) {
 		if !strings.HasPrefix(line, "#") && (all || !strings.HasPrefix(line, "push_")) {

@@ -52,7 +52,10 @@ type GroupUpdate struct {
 
 // Since returns what changed since the update of that Change; or all groups, where change
 // is 0 or too long ago. It returns false, and nothing else, where nothing changed.
-func (s *Store) Since(change uint64) (GroupUpdate, bool) {
+//
+// It is a function, as PathOf and ServeGroup are: where text/template is linked, as in the
+// agent, linkers keep all methods of what becomes an interface.
+func Since(s *Store, change uint64) (GroupUpdate, bool) {
 	s.mu.RLock()
 	u := GroupUpdate{Change: s.changes, Whole: change == 0 || change < s.removed.until || change > s.changes, Count: len(s.groups)}
 	if change == s.changes && !u.Whole {
@@ -132,9 +135,9 @@ func (g *group) info(change uint64) GroupInfo {
 	return info
 }
 
-// Path returns what follows /metrics/ in the path of the group's pushes, percent-encoded:
+// PathOf returns what follows /metrics/ in the path of the group's pushes, percent-encoded:
 // "job/NAME/LABEL/VALUE". Values that can't stand in a path are in base64.
-func (k Key) Path() string {
+func PathOf(k Key) string {
 	var b strings.Builder
 	part := func(name, value string) {
 		if b.Len() > 0 {
@@ -169,7 +172,7 @@ func (k Key) Path() string {
 
 // ServeGroup answers with the series of one group, those that every group has included, in
 // text format 0.0.4, as /metrics has them. rest is as for ServePush.
-func (g *Gateway) ServeGroup(w http.ResponseWriter, r *http.Request, rest string) {
+func ServeGroup(g *Gateway, w http.ResponseWriter, r *http.Request, rest string) {
 	key, err := ParsePath(rest)
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)

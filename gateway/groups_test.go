@@ -33,7 +33,7 @@ func TestPath(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		path := key.Path()
+		path := gateway.PathOf(key)
 		if c.want != "" && path != c.want {
 			t.Errorf("%s: got %q, want %q", key, path, c.want)
 		}
@@ -56,13 +56,13 @@ func FuzzPath(f *testing.F) {
 		if err != nil || name == "job" {
 			return
 		}
-		plain, err := url.PathUnescape(key.Path())
+		plain, err := url.PathUnescape(gateway.PathOf(key))
 		if err != nil {
 			t.Fatal(err)
 		}
 		back, err := gateway.ParsePath(strings.TrimPrefix(plain, "job"))
 		if err != nil || back.ID() != key.ID() {
-			t.Errorf("%s: %q leads to %s, %v", key, key.Path(), back, err)
+			t.Errorf("%s: %q leads to %s, %v", key, gateway.PathOf(key), back, err)
 		}
 	})
 }
@@ -85,7 +85,7 @@ func TestSince(t *testing.T) {
 	var change uint64
 	update := func() gateway.GroupUpdate {
 		t.Helper()
-		u, ok := store.Since(change)
+		u, ok := gateway.Since(store, change)
 		if !ok {
 			return u
 		}
@@ -115,7 +115,7 @@ func TestSince(t *testing.T) {
 	if u := update(); !u.Whole || len(u.Groups) != 2 {
 		t.Errorf("got %+v", u)
 	}
-	if u, ok := store.Since(change); ok {
+	if u, ok := gateway.Since(store, change); ok {
 		t.Errorf("nothing has changed, and got %+v", u)
 	}
 	push("/b", "x 2\n")
@@ -155,7 +155,7 @@ func TestServeGroup(t *testing.T) {
 		w := httptest.NewRecorder()
 		r := httptest.NewRequest("GET", "/api/v1/groups/job"+rest, nil)
 		r.Header.Set("Accept", "text/html, application/openmetrics-text, */*;q=0.8")
-		s.ServeGroup(w, r, rest)
+		gateway.ServeGroup(s.Gateway, w, r, rest)
 		return w
 	}
 	got := serve("/a/x/b/c")

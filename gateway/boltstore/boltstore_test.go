@@ -102,7 +102,7 @@ func (s *store) expectSpools(spools map[string]uint64) {
 
 func (s *store) exposition() string {
 	w := httptest.NewRecorder()
-	s.ServeMetrics(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	gateway.ServeMetrics(s.Gateway, w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
 	return w.Body.String()
 }
 

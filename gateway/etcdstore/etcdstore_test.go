@@ -142,7 +142,7 @@ func (p *proxy) scrape(query string) string {
 		w := httptest.NewRecorder()
 		r := httptest.NewRequest(http.MethodGet, "/metrics"+query, nil)
 		r.Header.Set("Accept", accept)
-		p.gateway.ServeMetrics(w, r)
+		gateway.ServeMetrics(p.gateway, w, r)
 		out.WriteString(w.Body.String())
 	}
 	return out.String()
@@ -405,7 +405,7 @@ func TestEtcdAway(t *testing.T) {
 	late.want(503, "DELETE", "/a", "")
 	for _, query := range []string{"?only=groups", "", "?only=self"} {
 		w := httptest.NewRecorder()
-		late.gateway.ServeMetrics(w, httptest.NewRequest(http.MethodGet, "/metrics"+query, nil))
+		gateway.ServeMetrics(late.gateway, w, httptest.NewRequest(http.MethodGet, "/metrics"+query, nil))
 		if want := map[string]int{"?only=groups": 503}[query]; want != 0 && w.Code != want || want == 0 && w.Code != 200 {
 			t.Errorf("/metrics%s of a proxy that has not read the groups: %d", query, w.Code)
 		}

@@ -118,7 +118,7 @@ type groupRow struct {
 }
 
 func newGroupRow(info gateway.GroupInfo) groupRow {
-	path := info.Key.Path()
+	path := gateway.PathOf(info.Key)
 	row := groupRow{
 		ID: path, Path: path, Labels: info.Key.Map(), Series: info.Series, Pushed: utc(info.Pushed), Failed: utc(info.Failed),
 		TTL: info.TTL.Seconds(), Interval: info.Interval.Seconds(), Expires: utc(info.Expires), Expired: info.Expired, State: "ok",
@@ -204,14 +204,14 @@ func (s *Server) servePageUpdate(w http.ResponseWriter, r *http.Request) {
 	var groups gateway.GroupUpdate
 	groupsChanged := false
 	if store != nil {
-		groups, groupsChanged = store.Since(state.Groups)
+		groups, groupsChanged = gateway.Since(store, state.Groups)
 	}
 	full := agents.Whole || groups.Whole && state.Groups > 0
 	if full && !agents.Whole {
 		agents, agentsChanged = s.fleet.Since(0, id.MayScrape)
 	}
 	if full && !groups.Whole && store != nil {
-		groups, groupsChanged = store.Since(0)
+		groups, groupsChanged = gateway.Since(store, 0)
 	}
 	sum := &state.Summary
 	if agentsChanged {
@@ -236,7 +236,7 @@ func (s *Server) servePageUpdate(w http.ResponseWriter, r *http.Request) {
 		update.Groups[i] = newGroupRow(info)
 	}
 	for i, key := range groups.Gone {
-		update.GroupsGone[i] = key.Path()
+		update.GroupsGone[i] = gateway.PathOf(key)
 	}
 	s.writeLongJSON(w, r, update)
 }

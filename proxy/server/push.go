@@ -225,7 +225,7 @@ func (s *Server) serveMetrics(w http.ResponseWriter, r *http.Request) {
 		gateway.ServeOwn(w, r, s.push.own, s.logger)
 		return
 	}
-	s.push.with((*gateway.Gateway).ServeMetrics)(w, r)
+	s.push.with(gateway.ServeMetrics)(w, r)
 }
 
 // serveGroups answers GET /api/v1/groups?match[]=SELECTOR: the groups whose grouping labels
@@ -262,7 +262,7 @@ func (s *Server) serveGroup(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, fmt.Sprintf("%q is no group; write /api/v1/groups/job/NAME, with /LABEL/VALUE for each other label of its key", path), http.StatusNotFound)
 		return
 	}
-	s.push.with(func(g *gateway.Gateway, w http.ResponseWriter, r *http.Request) { g.ServeGroup(w, r, rest) })(w, r)
+	s.push.with(func(g *gateway.Gateway, w http.ResponseWriter, r *http.Request) { gateway.ServeGroup(g, w, r, rest) })(w, r)
 }
 
 // deleteGroups serves DELETE /api/v1/groups?match[]=SELECTOR: it deletes the groups
