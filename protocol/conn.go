@@ -97,10 +97,20 @@ const (
 	frameFlagRST          = 8
 )
 
-var joinBuffers = sync.Pool{New: func() any {
-	b := make([]byte, 0, frameHeaderSize+copySize)
-	return &b
-}}
+// smallBody is the size of a body up to which a frame is copied together. That is
+// cheaper than a vectored write, which also goes so deep that it doubles the stack of
+// yamux's sending goroutine: the proxy has one for each agent, and sends it little but
+// small frames.
+const smallBody = 4 << 10
+
+var joinBuffers, smallJoinBuffers = framePool(frameHeaderSize + copySize), framePool(frameHeaderSize + smallBody)
+
+func framePool(size int) *sync.Pool {
+	return &sync.Pool{New: func() any {
+		b := make([]byte, 0, size)
+		return &b
+	}}
+}
 
 func (c *frameConn) Read(p []byte) (int, error) {
 	n, err := c.rw.Read(p)
@@ -133,17 +143,21 @@ func (c *frameConn) Write(p []byte) (int, error) {
 	c.held = false
 	var n int
 	var err error
-	if c.tcp != nil {
+	if c.tcp != nil && len(p) > smallBody {
 		parts := net.Buffers{c.header[:], p}
 		var n64 int64
 		n64, err = parts.WriteTo(c.tcp)
 		n = int(n64)
 	} else {
-		buf := joinBuffers.Get().(*[]byte)
+		pool := joinBuffers
+		if len(p) <= smallBody {
+			pool = smallJoinBuffers
+		}
+		buf := pool.Get().(*[]byte)
 		joined := append(append((*buf)[:0], c.header[:]...), p...)
 		n, err = c.rw.Write(joined)
 		if cap(joined) == cap(*buf) {
-			joinBuffers.Put(buf)
+			pool.Put(buf)
 		}
 	}
 	c.stats.BytesWritten.Add(int64(n))
