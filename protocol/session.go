@@ -151,11 +151,9 @@ type Session struct {
 	mu      sync.Mutex // protects what follows
 	err     error
 	closed  bool
-	streams map[*Stream]struct{}
+	streams *Stream     // the first of those that are open: see Stream.next
 	dead    *time.Timer // fires when the session may have been silent for DeadAfter
-	shrink  *time.Timer // runs shrinkIdle
-
-	shrinking bool // shrink is armed
+	shrink  *time.Timer // runs shrinkIdle; nil: there is nothing to shrink
 
 	// See handle.go.
 	handler      func(*Stream)
@@ -168,7 +166,7 @@ type Session struct {
 // newSession starts a session on conn, which it owns from now on.
 func newSession(conn *frameConn, config SessionConfig, dialled bool) (*Session, error) {
 	config = config.withDefaults(dialled)
-	s := &Session{config: config, conn: conn, streams: map[*Stream]struct{}{}}
+	s := &Session{config: config, conn: conn}
 	conn.stats = config.Stats
 	conn.failed, conn.closed, conn.incoming.opened = s.wakeStreams, s.connClosed, s.opened
 	conn.lastRead.Store(time.Now().UnixNano())
@@ -382,7 +380,7 @@ func (s *Session) wakeStreams() {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for st := range s.streams {
+	for st := s.streams; st != nil; st = st.next {
 		st.mux.SetDeadline(longAgo)
 	}
 }
@@ -485,9 +483,28 @@ func (s *Session) wrap(y *yamux.Stream, accepted bool) *Stream {
 	s.config.Stats.Streams.Add(1)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.streams[st] = struct{}{}
+	if st.next = s.streams; st.next != nil {
+		st.next.previous = st
+	}
+	s.streams = st
 	s.armShrink()
 	return st
+}
+
+// unwrap takes out what wrap registered.
+func (s *Session) unwrap(st *Stream) {
+	s.config.Stats.Streams.Add(-1)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if st.next != nil {
+		st.next.previous = st.previous
+	}
+	if st.previous != nil {
+		st.previous.next = st.next
+	} else {
+		s.streams = st.next
+	}
+	st.previous, st.next = nil, nil
 }
 
 // awaitIdle has a stream that was shrunk shrunk again when it is idle again.
@@ -500,15 +517,9 @@ func (s *Session) awaitIdle(st *Stream) {
 
 // armShrink is called with mu held, when there is a stream that isn't shrunk.
 func (s *Session) armShrink() {
-	switch {
-	case s.shrinking || s.closed:
-		return
-	case s.shrink == nil:
+	if s.shrink == nil && !s.closed {
 		s.shrink = time.AfterFunc(shrinkAfter, s.shrinkIdle)
-	default:
-		s.shrink.Reset(shrinkAfter)
 	}
-	s.shrinking = true
 }
 
 // shrinkIdle gives back the receive buffers of streams that wait in a pool. It
@@ -516,10 +527,10 @@ func (s *Session) armShrink() {
 // none at any time.
 func (s *Session) shrinkIdle() {
 	s.mu.Lock()
-	s.shrinking = false
+	s.shrink = nil
 	var idle []*Stream
 	now := time.Now().UnixNano()
-	for st := range s.streams {
+	for st := s.streams; st != nil; st = st.next {
 		switch {
 		case st.shrunk.Load():
 		case now-st.lastUse.Load() >= int64(shrinkAfter):
@@ -553,9 +564,19 @@ func (l *listener) Close() error              { l.cancel(net.ErrClosed); return 
 func (l *listener) Addr() net.Addr            { return streamAddr(l.session.RemoteAddr) }
 
 // muxLogger passes yamux's remarks on, at debug level: what matters of them
-// comes back as an error.
+// comes back as an error. They are many, and most are dropped.
 type muxLogger struct{ logger *slog.Logger }
 
-func (l muxLogger) Print(v ...any)                 { l.logger.Debug(fmt.Sprint(v...)) }
-func (l muxLogger) Printf(format string, v ...any) { l.logger.Debug(fmt.Sprintf(format, v...)) }
-func (l muxLogger) Println(v ...any)               { l.logger.Debug(fmt.Sprint(v...)) }
+func (l muxLogger) Print(v ...any) {
+	if l.logger.Enabled(context.Background(), slog.LevelDebug) {
+		l.logger.Debug(fmt.Sprint(v...))
+	}
+}
+
+func (l muxLogger) Printf(format string, v ...any) {
+	if l.logger.Enabled(context.Background(), slog.LevelDebug) {
+		l.logger.Debug(fmt.Sprintf(format, v...))
+	}
+}
+
+func (l muxLogger) Println(v ...any) { l.Print(v...) }

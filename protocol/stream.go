@@ -23,6 +23,8 @@ type Stream struct {
 	closing atomic.Bool
 	halved  atomic.Int64 // Unix nanoseconds of CloseWrite, 0: never
 
+	previous, next *Stream // of the session's open ones; protected by session.mu
+
 	accepted bool        // opened by the other side
 	shrunk   atomic.Bool // shrunk, and nothing read since; set with session.mu held
 }
@@ -113,10 +115,7 @@ func (st *Stream) Close() error {
 		return nil
 	}
 	s := st.session
-	s.config.Stats.Streams.Add(-1)
-	s.mu.Lock()
-	delete(s.streams, st)
-	s.mu.Unlock()
+	s.unwrap(st)
 	if st.accepted {
 		<-s.taken
 	}
