@@ -91,10 +91,10 @@ type Agent struct {
 	conn         *Conn  // nil: not connected
 	since        time.Time
 	firstSeen    time.Time
-	reason       string // why it was lost
-	change       uint64 // Fleet.changes at its last change that discovery can see
-	shown        uint64 // the same at its last change that the page shows
-	waiters      map[chan struct{}]struct{}
+	reason       string                     // why it was lost
+	change       uint64                     // Fleet.changes at its last change that discovery can see
+	shown        uint64                     // the same at its last change that the page shows
+	waiters      map[chan struct{}]struct{} // nil: there were none yet
 	sharing
 }
 
@@ -266,7 +266,7 @@ func (f *Fleet) forgetShared(name string) {
 
 func (f *Fleet) newAgent(name string) *Agent {
 	return &Agent{
-		Name: name, kind: KindCulvert, waiters: map[chan struct{}]struct{}{},
+		Name: name, kind: KindCulvert,
 		Scrapes: make(chan struct{}, f.config.MaxScrapes), Tunnels: make(chan struct{}, f.config.MaxTunnels),
 	}
 }

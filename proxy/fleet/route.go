@@ -70,6 +70,9 @@ func (f *Fleet) await(ctx context.Context, r Route, found func() bool) bool {
 	arrived := make(chan struct{}, 1)
 	f.mu.Lock()
 	for _, a := range r.Agents {
+		if a.waiters == nil {
+			a.waiters = map[chan struct{}]struct{}{}
+		}
 		a.waiters[arrived] = struct{}{}
 	}
 	f.mu.Unlock()

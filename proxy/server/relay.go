@@ -44,7 +44,7 @@ func (s *Server) relay(w http.ResponseWriter, r *http.Request, conn *agentConn) 
 		}
 		refusal.Write(answer)
 	} else {
-		defer func() { <-conn.relays }()
+		defer conn.relays.Add(-1)
 		s.push.with(func(g *gateway.Gateway, w http.ResponseWriter, r *http.Request) {
 			switch {
 			case !isGroup:
@@ -78,14 +78,13 @@ func (s *Server) admitRelay(r *http.Request, conn *agentConn, isGroup bool) *pro
 		refusal.RetryAfter = busyRetry
 		return refusal
 	}
-	select {
-	case conn.relays <- struct{}{}:
-		return nil
-	default:
+	if conn.relays.Add(1) > maxRelays {
+		conn.relays.Add(-1)
 		refusal := protocol.Refusef(http.StatusTooManyRequests, protocol.CodeBusy, "%d relays of agent %q are running; relay the push again when one has ended", maxRelays, conn.Agent)
 		refusal.RetryAfter = busyRetry
 		return refusal
 	}
+	return nil
 }
 
 // relayAnswer keeps the status of an answer.

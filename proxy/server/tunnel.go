@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -65,7 +66,7 @@ func (s *Server) serveTunnel(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.metrics.handshakes.WithLabelValues(outcomeOK).Inc()
-	conn := &agentConn{Conn: fleet.NewConn(session), from: from, begin: time.Now(), turn: make(chan struct{}, 1), relays: make(chan struct{}, maxRelays)}
+	conn := &agentConn{Conn: fleet.NewConn(session), from: from, begin: time.Now(), turn: make(chan struct{}, 1)}
 	conn.identity.Store(identity)
 	conn.key = r.Header.Get(protocol.HeaderKey)
 	s.mu.Lock()
@@ -78,10 +79,7 @@ func (s *Server) serveTunnel(w http.ResponseWriter, r *http.Request) {
 	s.conns[conn] = struct{}{}
 	s.mu.Unlock()
 	s.admission.begins(conn)
-	conn.expire = time.AfterFunc(registerTimeout, func() {
-		s.logger.Debug("No registration came, or the agent left a drained session open", "agent", session.Agent, "from", session.RemoteAddr)
-		session.Close()
-	})
+	s.expireAfter(conn, registerTimeout)
 	// No goroutine of the session's own waits for its streams and its end: of
 	// thousands, nearly all have nothing to do.
 	session.AfterEnd(func() {
@@ -118,13 +116,31 @@ type agentConn struct {
 	from       netip.Prefix  // see access.Authenticator.Address
 	begin      time.Time     // of the session
 	placed     bool          // has one of admission.places
-	expire     *time.Timer   // ends the session that doesn't register, or was drained
 	registered atomic.Bool   // changed by who has the turn
 	turn       chan struct{} // of one registration at a time
-	relays     chan struct{} // a token for each relay that runs
+	relays     atomic.Int32  // those that run
 	identity   atomic.Pointer[access.Identity]
 	key        string      // the agent's own, "" for none
 	unchecked  atomic.Bool // a reload may have come in the middle of the registration
+
+	expiring sync.Mutex  // protects expire
+	expire   *time.Timer // ends the session that doesn't register, or was drained; nil: it may stay
+}
+
+// expireAfter closes the session after d, or, where d is 0, lets it stay.
+func (s *Server) expireAfter(conn *agentConn, d time.Duration) {
+	conn.expiring.Lock()
+	defer conn.expiring.Unlock()
+	if conn.expire != nil {
+		conn.expire.Stop()
+		conn.expire = nil
+	}
+	if d > 0 {
+		conn.expire = time.AfterFunc(d, func() {
+			s.logger.Debug("No registration came, or the agent left a drained session open", "agent", conn.Agent, "from", conn.RemoteAddr)
+			conn.Close()
+		})
+	}
 }
 
 type connKey struct{}
@@ -168,7 +184,7 @@ func (l *streamListener) Addr() net.Addr { return &net.UnixAddr{Name: "tunnels",
 
 // sessionEnded clears up behind a session.
 func (s *Server) sessionEnded(conn *agentConn) {
-	conn.expire.Stop()
+	s.expireAfter(conn, 0)
 	registered := conn.isRegistered()
 	s.admission.ends(conn)
 	reason := conn.Err()
@@ -224,7 +240,7 @@ func (s *Server) serveAgent(w http.ResponseWriter, r *http.Request) {
 		})
 		if conn.registered.Load() {
 			// It is the agent's to close, when scrapes that run now have ended at the latest.
-			conn.expire.Reset(s.config.MaxTimeout + drainedGrace)
+			s.expireAfter(conn, s.config.MaxTimeout+drainedGrace)
 		}
 	default:
 		if s.relay(w, r, conn) {
@@ -278,7 +294,7 @@ func (s *Server) register(w http.ResponseWriter, r *http.Request, conn *agentCon
 		return
 	}
 	if !check {
-		conn.expire.Stop()
+		s.expireAfter(conn, 0)
 		conn.unchecked.Store(true)
 		s.metrics.registrations.WithLabelValues(outcomeOK).Inc()
 	}
@@ -308,6 +324,8 @@ func decodeRegistration(w http.ResponseWriter, r *http.Request) (reg protocol.Re
 	for i := range reg.Hosts {
 		reg.Hosts[i] = protocol.NormalizeName(reg.Hosts[i])
 	}
+	// The decoder leaves room for more in each slice, and thousands are kept.
+	reg.Targets, reg.Hosts, reg.Capabilities = slices.Clone(reg.Targets), slices.Clone(reg.Hosts), slices.Clone(reg.Capabilities)
 	return reg, nil
 }
 
