@@ -17,10 +17,19 @@ const (
 	smallHeapPercent = 400
 	minHeadroom      = 24 << 20 // bytes
 	heapCheckEvery   = 2 * time.Second
+
+	// A burst, as when thousands of agents come back, leaves its garbage where it is until
+	// something else happens: the collector looks by itself once in two minutes, and keeps
+	// what it frees for the next burst. So memory goes back to the system once the proxy is
+	// quiet: at most quietBytes were allocated in each of quietChecks checks, and burstBytes,
+	// or a tenth of what is alive where that is more, since memory was last given back.
+	quietChecks = 3
+	quietBytes  = 1 << 20
+	burstBytes  = minHeadroom
 )
 
-// saveMemory fits the collector's headroom to the heap until ctx ends. The
-// environment variable GOGC switches it off.
+// saveMemory fits the collector's headroom to the heap until ctx ends, and gives back
+// what a burst has left. The environment variable GOGC switches it off.
 func saveMemory(ctx context.Context) {
 	if os.Getenv("GOGC") != "" {
 		return
@@ -28,7 +37,8 @@ func saveMemory(ctx context.Context) {
 	now := smallHeapPercent
 	before := debug.SetGCPercent(now)
 	defer debug.SetGCPercent(before)
-	live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+	heap := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/heap/allocs:bytes"}}
+	quiet, last, givenBack := 0, uint64(0), uint64(0) // checks, and what was allocated by then
 	ticker := time.NewTicker(heapCheckEvery)
 	defer ticker.Stop()
 	for {
@@ -37,8 +47,18 @@ func saveMemory(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		metrics.Read(live)
-		want := int(minHeadroom * 100 / max(live[0].Value.Uint64(), 1))
+		metrics.Read(heap)
+		live, allocated := heap[0].Value.Uint64(), heap[1].Value.Uint64()
+		if quiet++; allocated-last > quietBytes {
+			quiet = 0
+		}
+		last = allocated
+		if quiet >= quietChecks && allocated-givenBack > max(burstBytes, live/10) {
+			givenBack = allocated
+			debug.FreeOSMemory() // collects first
+			continue
+		}
+		want := int(minHeadroom * 100 / max(live, 1))
 		want = min(max(want, largeHeapPercent), smallHeapPercent)
 		// Setting it starts a collection, so small steps are left.
 		if want*4 < now*3 || want*3 > now*4 {

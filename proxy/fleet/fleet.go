@@ -396,7 +396,7 @@ func (f *Fleet) Settled() (bool, time.Time) {
 func (f *Fleet) Conns() []*Conn {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	var conns []*Conn
+	conns := make([]*Conn, 0, len(f.agents))
 	for _, a := range f.agents {
 		if a.conn != nil {
 			conns = append(conns, a.conn)

@@ -440,7 +440,7 @@ func (s *Server) watchAccess(ctx context.Context) {
 		}
 		roles := s.access.Roles()
 		s.mu.Lock()
-		conns := slices.Collect(maps.Keys(s.conns))
+		conns := slices.AppendSeq(make([]*agentConn, 0, len(s.conns)), maps.Keys(s.conns))
 		s.mu.Unlock()
 		// Two proxies may have pinned a name while they could not reach etcd.
 		otherKeys := s.pins.Replaced()
