@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -17,6 +19,7 @@ import (
 // agentsOptions is the command line of a process that plays many agents.
 type agentsOptions struct {
 	proxyURLs       []string
+	caFile          string // of the proxies' certificates; "" for the system's
 	number, targets int
 	first           int // of their numbers
 	body            size
@@ -29,12 +32,24 @@ func targetName(i int) string { return fmt.Sprintf("app-%d", i) }
 
 func (o *agentsOptions) run(ctx context.Context) error {
 	handler := serveBody(exposition(int(o.body)), false)
+	config := new(tls.Config)
+	if o.caFile != "" {
+		pem, err := os.ReadFile(o.caFile)
+		if err != nil {
+			return err
+		}
+		config.RootCAs = x509.NewCertPool()
+		if !config.RootCAs.AppendCertsFromPEM(pem) {
+			return fmt.Errorf("%s has no PEM certificate", o.caFile)
+		}
+	}
 	var running sync.WaitGroup
 	defer running.Wait()
 	for i := o.first; i < o.first+o.number; i++ {
 		cfg := agent.Config{
 			Name:      agentName(i),
 			ProxyURLs: o.proxyURLs,
+			TLS:       config,
 			Labels:    map[string]string{"env": "loadtest", "rack": strconv.Itoa(i % 40)},
 			Logger:    slog.New(slog.DiscardHandler), // thousands would say the same
 		}
@@ -69,8 +84,11 @@ func (b *bench) startAgents(ctx context.Context, st *stage, proxy *proxyProcess,
 	if err != nil {
 		return nil, err
 	}
-	p, err := st.start(fmt.Sprintf("%d agents", number), self, "agents", "--proxy-url="+proxy.url,
-		fmt.Sprintf("--agents=%d", number), fmt.Sprintf("--targets=%d", targets), "--body="+body.String())
+	args := []string{"agents", "--proxy-url=" + proxy.url, fmt.Sprintf("--agents=%d", number), fmt.Sprintf("--targets=%d", targets), "--body=" + body.String()}
+	if st.cert != nil {
+		args = append(args, "--tls.cacert="+st.cert.certFile)
+	}
+	p, err := st.start(fmt.Sprintf("%d agents", number), self, args...)
 	if err != nil {
 		return nil, err
 	}

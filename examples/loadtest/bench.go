@@ -72,6 +72,11 @@ func (b *bench) play(ctx context.Context, s scenario) (found *result, err error)
 	if b.Body > 0 {
 		found.About += fmt.Sprintf("; with --body=%s", b.Body)
 	}
+	if b.TLS {
+		if st.cert, err = newCertificate(st.dir); err != nil {
+			return nil, err
+		}
+	}
 	if b.Scrapers > 0 {
 		found.About += fmt.Sprintf("; with --scrapers=%d", b.Scrapers)
 	}
@@ -88,7 +93,7 @@ func (b *bench) play(ctx context.Context, s scenario) (found *result, err error)
 type proxyProcess struct {
 	*process
 	address string
-	url     string       // http and the address
+	url     string       // scheme and address
 	client  *http.Client // for the proxy's own routes
 }
 
@@ -96,6 +101,11 @@ type proxyProcess struct {
 // say otherwise.
 func (b *bench) startProxy(ctx context.Context, st *stage, address string, args ...string) (*proxyProcess, error) {
 	args = append([]string{"--web.listen-address=" + address, "--agent.settle-time=0"}, args...)
+	scheme := "http"
+	if st.cert != nil {
+		scheme = "https"
+		args = append(args, "--web.config.file="+st.cert.webConfig)
+	}
 	p, err := st.start("culvert-proxy", filepath.Join(b.programs, "culvert-proxy"), args...)
 	if err != nil {
 		return nil, err
@@ -104,9 +114,9 @@ func (b *bench) startProxy(ctx context.Context, st *stage, address string, args 
 	if err != nil {
 		return nil, err
 	}
-	client := &http.Client{Transport: &http.Transport{}, Timeout: time.Minute}
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: st.cert.clientTLS()}, Timeout: time.Minute}
 	st.onClose(func() error { client.CloseIdleConnections(); return nil })
-	return &proxyProcess{process: p, address: line[1], url: "http://" + line[1], client: client}, nil
+	return &proxyProcess{process: p, address: line[1], url: scheme + "://" + line[1], client: client}, nil
 }
 
 // clientArgs are the arguments of a culvert-client called web-1 that opens one

@@ -24,6 +24,14 @@ type certificate struct {
 	server, client    *tls.Config
 }
 
+// clientTLS is for clients of what has the certificate, nil where there is none.
+func (c *certificate) clientTLS() *tls.Config {
+	if c == nil {
+		return nil
+	}
+	return c.client
+}
+
 func newCertificate(dir string) (*certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

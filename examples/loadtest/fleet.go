@@ -85,7 +85,7 @@ func manyAgents(ctx context.Context, b *bench, st *stage, found *result) error {
 		if err != nil {
 			return err
 		}
-		s, err := newScrape(st, fmt.Sprintf("agents: %d", number), proxy.url, nil, body, func(n int) string {
+		s, err := newScrape(st, fmt.Sprintf("agents: %d", number), proxy.url, st.cert.clientTLS(), body, func(n int) string {
 			return "http://" + targetName(0) + "." + agentName(n%number) + "/metrics"
 		})
 		if err != nil {
@@ -126,7 +126,7 @@ func discovery(ctx context.Context, b *bench, st *stage, found *result) error {
 	encodings := []string{"identity", "gzip"}
 	answers := make([]atomic.Pointer[figure], len(encodings))
 	for i, encoding := range encodings {
-		s, err := newScrape(st, encoding, "", nil, 0, always(proxy.url+"/targets"))
+		s, err := newScrape(st, encoding, "", st.cert.clientTLS(), 0, always(proxy.url+"/targets"))
 		if err != nil {
 			return err
 		}
@@ -203,7 +203,7 @@ func restart(ctx context.Context, b *bench, st *stage, found *result) error {
 		name   string
 		signal os.Signal
 	}{{"SIGTERM", syscall.SIGTERM}, {"SIGKILL", syscall.SIGKILL}} {
-		s, err := newScrape(st, "culvert", proxy.url, nil, 0, func(n int) string {
+		s, err := newScrape(st, "culvert", proxy.url, st.cert.clientTLS(), 0, func(n int) string {
 			return "http://" + targetName(0) + "." + agentName(n%b.Agents) + "/metrics"
 		})
 		if err != nil {

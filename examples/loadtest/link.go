@@ -45,6 +45,9 @@ func (b *bench) linkWays(ctx context.Context, st *stage, config linkConfig, foun
 	if err := b.ours(); err != nil {
 		return nil, err
 	}
+	if b.TLS {
+		return nil, errMissing("--tls is not for links: the scrape over the link that it is compared with has none")
+	}
 	l, err := newLink(st, config)
 	if err != nil {
 		return nil, err

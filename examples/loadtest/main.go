@@ -64,7 +64,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	measure.Flag("body", "Size of the exporters' bodies, as in 100kB, instead of the scenario's.").SetValue(&o.Body)
 	measure.Flag("agents", "Agents in the scenarios that have many.").Default("5000").IntVar(&o.Agents)
 	measure.Flag("chunked", "Exporters send no Content-Length, as client libraries do with long bodies.").BoolVar(&o.Chunked)
-	measure.Flag("tls", "TLS to the proxy, for scrapers and agents; the baselines get TLS as well.").BoolVar(&o.TLS)
+	measure.Flag("tls", "TLS to the proxy, for scrapers and agents; the baselines get TLS as well. Scenarios that have no TLS are skipped.").BoolVar(&o.TLS)
 	measure.Flag("programs", "Directory with culvert-proxy and culvert-client; they are built from this module by default.").StringVar(&o.Programs)
 	measure.Flag("proxy-url", "A running proxy to scrape through, instead of one that is started. Takes --target.").StringVar(&o.ProxyURL)
 	measure.Flag("target", "What to scrape through --proxy-url, as in http://web-1:9100/metrics.").StringVar(&o.Target)
@@ -77,6 +77,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	var agents agentsOptions
 	playAgents := app.Command("agents", "Play many agents in one process, until Ctrl-C.")
 	playAgents.Flag("proxy-url", "The proxy to connect to. Repeatable: each agent connects to all of them.").Required().StringsVar(&agents.proxyURLs)
+	playAgents.Flag("tls.cacert", "PEM file of the CA of the proxies' certificates, instead of the system's.").StringVar(&agents.caFile)
 	playAgents.Flag("first", "The first agent's number; it is called agent-NUMBER.").Default("0").IntVar(&agents.first)
 	playAgents.Flag("agents", "How many: agent-0, agent-1, …").Default("5000").IntVar(&agents.number)
 	playAgents.Flag("targets", "Targets of each agent: app-0, app-1, …").Default("1").IntVar(&agents.targets)

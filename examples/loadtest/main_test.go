@@ -117,6 +117,16 @@ func TestManyAgents(t *testing.T) {
 	}
 }
 
+func TestTLS(t *testing.T) {
+	found := measured(t, "many-agents", "slow-link", "--tls", "--agents=20", "--scrapers=2")
+	if r := found["many-agents"]; len(r.Rows) != 2 || r.Rows[1].Failed > 0 || r.Rows[1].Rate <= 0 {
+		t.Errorf("%+v", r)
+	}
+	if r := found["slow-link"]; !strings.Contains(r.Skipped, "--tls") {
+		t.Errorf("slow-link, which has no TLS, was not skipped: %+v", r)
+	}
+}
+
 func TestExposition(t *testing.T) {
 	for _, n := range []int{1, 2, 100, 1000, 100_000} {
 		text := exposition(n)

@@ -17,7 +17,8 @@ import (
 
 // stage holds what a scenario has started.
 type stage struct {
-	dir     string // for files; removed by close
+	dir     string       // for files; removed by close
+	cert    *certificate // of what speaks TLS; nil: nothing does
 	closing []func() error
 }
 

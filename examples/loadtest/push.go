@@ -18,6 +18,9 @@ func push(ctx context.Context, b *bench, st *stage, found *result) error {
 	if err := b.ours(); err != nil {
 		return err
 	}
+	if b.TLS {
+		return errMissing("--tls is not for pushes: the Pushgateway that they are compared with has none")
+	}
 	proxy, err := b.startProxy(ctx, st, "127.0.0.1:0", "--storage.path="+filepath.Join(st.dir, "data"))
 	if err != nil {
 		return err

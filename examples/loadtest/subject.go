@@ -76,16 +76,6 @@ func (b *bench) ways(ctx context.Context, st *stage, body size) ([]*subject, err
 	if b.ProxyURL != "" {
 		return b.runningWays(ctx, st)
 	}
-	var cert *certificate
-	var serverTLS, clientTLS *tls.Config
-	scheme := "http"
-	if b.TLS {
-		var err error
-		if cert, err = newCertificate(st.dir); err != nil {
-			return nil, err
-		}
-		serverTLS, clientTLS, scheme = cert.server, cert.client, "https"
-	}
 	// With TLS to the proxy, the agent's way to the exporter stays plain, as that of
 	// nginx's second hop does; the direct scrape is what needs it.
 	handler := serveBody(exposition(int(body)), b.Chunked)
@@ -93,33 +83,32 @@ func (b *bench) ways(ctx context.Context, st *stage, body size) ([]*subject, err
 	if err != nil {
 		return nil, err
 	}
-	directly := exporter
-	if b.TLS {
-		if directly, err = startServer(st, handler, serverTLS); err != nil {
+	directly, scheme := exporter, "http"
+	if st.cert != nil {
+		scheme = "https"
+		if directly, err = startServer(st, handler, st.cert.server); err != nil {
 			return nil, err
 		}
 	}
 	_, port, _ := net.SplitHostPort(exporter)
 
-	subjects, err := b.baselines(ctx, st, exporter, scheme+"://"+directly+"/metrics", port, body, cert)
+	subjects, err := b.baselines(ctx, st, exporter, scheme+"://"+directly+"/metrics", port, body, st.cert)
 	if err != nil {
 		return nil, err
 	}
-	var proxyArgs, agentArgs []string
-	if b.TLS {
-		proxyArgs = []string{"--web.config.file=" + cert.webConfig}
-		agentArgs = []string{"--tls.cacert=" + cert.certFile}
+	agentArgs := []string{"--scrape.local-host=127.0.0.1"}
+	if st.cert != nil {
+		agentArgs = append(agentArgs, "--tls.cacert="+st.cert.certFile)
 	}
-	proxy, err := b.startProxy(ctx, st, "127.0.0.1:0", append(proxyArgs, "--storage.path=")...)
+	proxy, err := b.startProxy(ctx, st, "127.0.0.1:0", "--storage.path=")
 	if err != nil {
 		return nil, err
 	}
-	proxyURL := scheme + "://" + proxy.address
-	agent, err := b.startClient(ctx, st, nil, clientArgs(proxyURL, port, append(agentArgs, "--scrape.local-host=127.0.0.1")...))
+	agent, err := b.startClient(ctx, st, nil, clientArgs(proxy.url, port, agentArgs...))
 	if err != nil {
 		return nil, err
 	}
-	culvert, err := newScrape(st, "culvert", proxyURL, clientTLS, body, always("http://web-1:"+port+"/metrics"))
+	culvert, err := newScrape(st, "culvert", proxy.url, st.cert.clientTLS(), body, always("http://web-1:"+port+"/metrics"))
 	if err != nil {
 		return nil, err
 	}
