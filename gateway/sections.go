@@ -22,13 +22,13 @@ import (
 // encoded nor compressed anew. What is kept takes a tenth of the exposition.
 //
 // The groups, in the order in which they are exposed, are cut into sections; of each
-// section the series of each family are kept. A section ends where a group begins that
-// opensSection says so of, whatever is before it: so a group that comes or goes changes no
+// section the series of each family are kept. Which groups begin a section depends on the
+// groups alone, and not on what stands before them: so a group that comes or goes changes no
 // section but its own.
 type expositions struct {
 	zip *Gzip
 
-	mu       sync.Mutex // protects byFormat
+	mu       sync.Mutex // protects byFormat, and used of each
 	byFormat map[expfmt.Format]*kept
 }
 
@@ -38,9 +38,10 @@ func newExpositions(zip *Gzip) *expositions {
 
 // kept is what is kept in one format.
 type kept struct {
-	mu       sync.Mutex         // held while sections are brought up to date; protects what follows
+	used time.Time
+
+	mu       sync.Mutex         // held while sections are brought up to date; protects them
 	sections map[int32]*section // by the slot of the first group
-	used     time.Time
 }
 
 // keptFor is how long a format is kept that nobody asks for.
