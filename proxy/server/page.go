@@ -16,34 +16,24 @@ import (
 	"github.com/culvert-io/culvert/gateway"
 	"github.com/culvert-io/culvert/protocol"
 	"github.com/culvert-io/culvert/proxy/fleet"
+	"github.com/culvert-io/culvert/proxy/ui"
 )
 
 // pageUpdate is what the page shows: all of it, or what changed since the update of a
 // token.
 type pageUpdate struct {
-	Token      string     `json:"token"`
-	Full       bool       `json:"full"`
-	Agents     []agentRow `json:"agents"`
-	AgentsGone []string   `json:"agents_gone"`
-	Groups     []groupRow `json:"groups"`
-	GroupsGone []string   `json:"groups_gone"`
-	Summary    summary    `json:"summary"`
-	Warnings   []warning  `json:"warnings"`
-	Draining   bool       `json:"draining"`
-	Proxy      string     `json:"proxy"`
-	Version    string     `json:"version"`
-	May        mayDo      `json:"may"`
-}
-
-// summary counts agents that who asks may scrape, and all groups.
-type summary struct {
-	Agents       uint32 `json:"agents"`
-	Connected    uint32 `json:"connected"`
-	Lost         uint32 `json:"lost"`
-	Failing      uint32 `json:"failing"` // agents with a target whose last scrape failed
-	Groups       uint32 `json:"groups"`
-	GroupsLate   uint32 `json:"groups_late"`   // push_up is 0
-	GroupsFailed uint32 `json:"groups_failed"` // the last push was refused
+	Token      string       `json:"token"`
+	Full       bool         `json:"full"`
+	Agents     []ui.Agent   `json:"agents"`
+	AgentsGone []string     `json:"agents_gone"`
+	Groups     []ui.Group   `json:"groups"`
+	GroupsGone []string     `json:"groups_gone"`
+	Summary    ui.Summary   `json:"summary"`
+	Warnings   []ui.Warning `json:"warnings"`
+	Draining   bool         `json:"draining"`
+	Proxy      string       `json:"proxy"`
+	Version    string       `json:"version"`
+	May        mayDo        `json:"may"`
 }
 
 // mayDo tells the page which actions to offer.
@@ -52,29 +42,8 @@ type mayDo struct {
 	Push    bool `json:"push"`
 }
 
-// agentRow is an agent as the page lists it.
-type agentRow struct {
-	Name       string            `json:"name"`
-	Kind       string            `json:"kind"`
-	Connected  bool              `json:"connected"`
-	Since      time.Time         `json:"since"`
-	FirstSeen  time.Time         `json:"first_seen"`
-	LostReason string            `json:"lost_reason,omitempty"`
-	Version    string            `json:"version,omitempty"`
-	Labels     map[string]string `json:"labels,omitempty"`
-	Targets    []string          `json:"targets,omitempty"`
-	Hosts      []string          `json:"hosts,omitempty"`
-	RemoteAddr string            `json:"remote_address,omitempty"`
-	Transport  string            `json:"transport,omitempty"`
-	RTTSeconds float64           `json:"rtt_seconds,omitempty"`
-	Proxies    []string          `json:"proxies,omitempty"`
-	Health     string            `json:"health"` // see healthOf
-	Failing    int               `json:"failing"`
-	Scraped    int               `json:"scraped"`
-}
-
-func newAgentRow(info fleet.Info) agentRow {
-	row := agentRow{
+func newAgentRow(info fleet.Info) ui.Agent {
+	row := ui.Agent{
 		Name: info.Name, Kind: info.Kind, Connected: info.Connected, Since: info.Since, FirstSeen: info.FirstSeen,
 		LostReason: info.LostReason, Version: info.Registration.Version, Labels: info.Registration.Labels, Hosts: info.Registration.Hosts,
 		RemoteAddr: info.RemoteAddr, Transport: info.Transport, RTTSeconds: info.RTTSeconds,
@@ -101,25 +70,9 @@ func healthOf(info fleet.Info) string {
 	return "none"
 }
 
-// groupRow is a group as the page lists it.
-type groupRow struct {
-	ID       string            `json:"id"`
-	Path     string            `json:"path"` // behind /metrics/, where pushes go
-	Labels   map[string]string `json:"labels"`
-	Series   int               `json:"series"`
-	Pushed   time.Time         `json:"pushed,omitzero"`
-	Failed   time.Time         `json:"failed,omitzero"`
-	TTL      float64           `json:"ttl_seconds,omitempty"`
-	Interval float64           `json:"interval_seconds,omitempty"`
-	Expires  time.Time         `json:"expires,omitzero"`
-	Up       *bool             `json:"up,omitempty"` // push_up, where there is an interval
-	Expired  bool              `json:"expired"`
-	State    string            `json:"state"`
-}
-
-func newGroupRow(info gateway.GroupInfo) groupRow {
+func newGroupRow(info gateway.GroupInfo) ui.Group {
 	path := gateway.PathOf(info.Key)
-	row := groupRow{
+	row := ui.Group{
 		ID: path, Path: path, Labels: info.Key.Map(), Series: info.Series, Pushed: utc(info.Pushed), Failed: utc(info.Failed),
 		TTL: info.TTL.Seconds(), Interval: info.Interval.Seconds(), Expires: utc(info.Expires), Expired: info.Expired, State: "ok",
 	}
@@ -147,7 +100,7 @@ func utc(t time.Time) time.Time {
 // pageState is up to where who asks knows everything, and what the summary was then.
 type pageState struct {
 	Agents, Groups uint64 // fleet.Update.Change, gateway.GroupUpdate.Change
-	Summary        summary
+	Summary        ui.Summary
 }
 
 // pageSeal makes tokens of states. They are encrypted, for the state of one who sees some
@@ -224,8 +177,8 @@ func (s *Server) servePageUpdate(w http.ResponseWriter, r *http.Request) {
 	}
 	update := pageUpdate{
 		Token: s.pageSeal.token(state, whose), Full: full,
-		Agents: make([]agentRow, len(agents.Agents)), AgentsGone: append([]string{}, agents.Gone...),
-		Groups: make([]groupRow, len(groups.Groups)), GroupsGone: make([]string, len(groups.Gone)),
+		Agents: make([]ui.Agent, len(agents.Agents)), AgentsGone: append([]string{}, agents.Gone...),
+		Groups: make([]ui.Group, len(groups.Groups)), GroupsGone: make([]string, len(groups.Gone)),
 		Summary: *sum, Warnings: s.warnings(id.Operator()), Draining: s.draining.Load(), Proxy: s.id, Version: protocol.BuildVersion(),
 		May: mayDo{Operate: id.Operator(), Push: id.Pusher()},
 	}
@@ -241,18 +194,12 @@ func (s *Server) servePageUpdate(w http.ResponseWriter, r *http.Request) {
 	s.writeLongJSON(w, r, update)
 }
 
-// warning is what the page says on top, and what to do about it.
-type warning struct {
-	Code string `json:"code"`
-	Text string `json:"text"`
-}
-
 // warnings returns what speaks against leaving this proxy alone. Details that may tell of
 // files are for operators.
-func (s *Server) warnings(operator bool) []warning {
-	found := []warning{}
+func (s *Server) warnings(operator bool) []ui.Warning {
+	found := []ui.Warning{}
 	add := func(code, format string, args ...any) {
-		found = append(found, warning{code, fmt.Sprintf(format, args...)})
+		found = append(found, ui.Warning{Code: code, Text: fmt.Sprintf(format, args...)})
 	}
 	if s.draining.Load() {
 		add("draining", "This proxy is going away: it lets running scrapes end and sends its agents to other proxies, or has them wait for its next start.")

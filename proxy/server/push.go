@@ -20,6 +20,7 @@ import (
 	"github.com/culvert-io/culvert/gateway/boltstore"
 	"github.com/culvert-io/culvert/gateway/etcdstore"
 	"github.com/culvert-io/culvert/gateway/fastgzip"
+	"github.com/culvert-io/culvert/proxy/ui"
 )
 
 // Push tunes the push store. Zero values mean the defaults.
@@ -243,7 +244,7 @@ func (s *Server) serveGroups(w http.ResponseWriter, r *http.Request) {
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			return
 		}
-		rows := []groupRow{}
+		rows := []ui.Group{}
 		for _, info := range store.Groups() {
 			if len(wanted) == 0 || wanted.match(func(name string) string { value, _ := info.Key.Get(name); return value }) {
 				rows = append(rows, newGroupRow(info))

@@ -77,14 +77,6 @@ func (s *Server) routes() (err error) {
 	return r.err()
 }
 
-func (s *Server) servePage(w http.ResponseWriter, r *http.Request) {
-	content := ui.Content{Agents: s.visibleAgents(r), Open: s.access.Roles().Open(), PushError: s.push.Err(), MetricsPath: strings.TrimPrefix(s.config.TelemetryPath, "/")}
-	if store := s.push.current(); store != nil {
-		content.Groups = store.Groups()
-	}
-	ui.Serve(w, content)
-}
-
 // serveAsset serves what the page loads.
 func (s *Server) serveAsset(w http.ResponseWriter, r *http.Request) {
 	ui.ServeAsset(w, r, strings.TrimPrefix(route.Param(r.Context(), "file"), "/"))

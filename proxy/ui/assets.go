@@ -2,74 +2,118 @@ package ui
 
 import (
 	"bytes"
+	"compress/gzip"
 	"crypto/sha256"
-	"embed"
+	"encoding/hex"
 	"fmt"
 	"io/fs"
-	"mime"
 	"net/http"
 	"path"
 	"strings"
+	"sync"
 	"time"
 )
 
-//go:embed assets
-var assetFiles embed.FS
-
-// asset is a file that the page loads.
+// asset is a file of the page, in both encodings.
 type asset struct {
-	content     []byte
-	contentType string
-	tag         string // ETag
+	contentType   string
+	plain, zipped []byte
 }
 
-// assets are the files in the folder assets, by their names.
-var assets = func() map[string]asset {
-	found := map[string]asset{}
-	files, err := fs.Sub(assetFiles, "assets")
-	if err == nil {
-		err = fs.WalkDir(files, ".", func(name string, d fs.DirEntry, err error) error {
-			if err != nil || d.IsDir() {
-				return err
-			}
-			content, err := fs.ReadFile(files, name)
-			found[name] = asset{content, typeOf(name), fmt.Sprintf(`"%x"`, sha256.Sum256(content))[:18] + `"`}
-			return err
-		})
-	}
+// assets are all files of the page by their names, and a hash of them all.
+var assets = sync.OnceValues(func() (map[string]asset, string) {
+	files, sum := map[string]asset{}, sha256.New()
+	names, err := fs.Glob(assetFiles, "assets/*")
 	if err != nil {
-		panic(err) // the files are in the program
+		panic(err) // the pattern is a constant
 	}
-	return found
-}()
+	for _, name := range names { // sorted
+		text, err := assetFiles.ReadFile(name)
+		if err != nil {
+			panic(err) // it is in the program
+		}
+		sum.Write(text)
+		// Not by mime.TypeByExtension: it asks files of the system.
+		contentType := map[string]string{".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}[path.Ext(name)]
+		files[path.Base(name)] = asset{contentType, text, zip(text, gzip.BestCompression)}
+	}
+	return files, hex.EncodeToString(sum.Sum(nil)[:8])
+})
 
-// typeOf does not ask the machine for its own types first, as the package mime does.
-func typeOf(name string) string {
-	switch path.Ext(name) {
-	case ".js":
-		return "text/javascript; charset=utf-8"
-	case ".css":
-		return "text/css; charset=utf-8"
-	case ".svg":
-		return "image/svg+xml"
+func zip(text []byte, level int) []byte {
+	var b bytes.Buffer
+	z, err := gzip.NewWriterLevel(&b, level)
+	if err != nil {
+		panic(err) // the levels are constants
 	}
-	return mime.TypeByExtension(path.Ext(name))
+	z.Write(text) // into memory: no error
+	z.Close()
+	return b.Bytes()
 }
 
-// ServeAsset serves a file that the page loads, by its name in the folder assets. A
-// browser asks each time whether it has changed: a new version of the proxy may have
-// another one.
-func ServeAsset(w http.ResponseWriter, r *http.Request, name string) {
-	a, ok := assets[name]
+// assetPath returns the path of an asset, relative to the page. The hash of them all
+// stands in it, so that a browser may keep what it has, and modules that import each
+// other by relative paths are always of one version.
+func assetPath(name string) string {
+	_, hash := assets()
+	return "ui/" + hash + "/" + name
+}
+
+// ServeAsset serves one of the page's files. rest is what follows /ui/ in the path: its
+// name, behind the hash that the page has there.
+func ServeAsset(w http.ResponseWriter, r *http.Request, rest string) {
+	files, current := assets()
+	hash, name, ok := strings.Cut(rest, "/")
+	if !ok {
+		hash, name = "", rest
+	}
+	file, ok := files[name]
 	if !ok {
 		http.Error(w, fmt.Sprintf("there is no file %q; reload the page, which may be of another version of the proxy", name), http.StatusNotFound)
 		return
 	}
 	h := w.Header()
-	h.Set("Content-Type", a.contentType)
-	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; sandbox")
+	h.Set("Content-Type", file.contentType)
 	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Cache-Control", "no-cache")
-	h.Set("ETag", a.tag)
-	http.ServeContent(w, r, strings.ToLower(name), time.Time{}, bytes.NewReader(a.content))
+	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; sandbox") // of the icon, where it is opened alone
+	h.Set("Vary", "Accept-Encoding")
+	if hash == current {
+		h.Set("Cache-Control", "private, max-age=31536000, immutable")
+	} else {
+		// A page that another version of the proxy made, behind one address: better this
+		// version's files than none.
+		h.Set("Cache-Control", "no-cache")
+	}
+	body, tag := file.plain, current
+	if acceptsGzip(r) {
+		h.Set("Content-Encoding", "gzip")
+		body, tag = file.zipped, current+"-gz"
+	}
+	h.Set("ETag", `"`+tag+"-"+name+`"`)
+	http.ServeContent(w, r, name, time.Time{}, bytes.NewReader(body))
+}
+
+// acceptsGzip reports whether a client takes gzip. Who refuses it by q=0 is rare
+// enough to be asked for in full words.
+func acceptsGzip(r *http.Request) bool {
+	for field := range strings.SplitSeq(r.Header.Get("Accept-Encoding"), ",") {
+		name, quality, _ := strings.Cut(strings.ReplaceAll(strings.ToLower(field), " ", ""), ";")
+		if name == "gzip" {
+			return strings.Trim(strings.TrimPrefix(quality, "q="), "0.") != "" || quality == ""
+		}
+	}
+	return false
+}
+
+// writeMaybeZipped writes a body, by gzip where the client takes it: the page repeats
+// itself a lot.
+func writeMaybeZipped(w http.ResponseWriter, r *http.Request, status int, body []byte) {
+	w.Header().Set("Vary", "Accept-Encoding")
+	if acceptsGzip(r) {
+		w.Header().Set("Content-Encoding", "gzip")
+		body = zip(body, gzip.BestSpeed)
+	}
+	w.WriteHeader(status)
+	// The status is out: an error now is the reader's going away.
+	_, _ = w.Write(body)
 }
