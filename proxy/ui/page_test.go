@@ -1,11 +1,13 @@
 package ui_test
 
 import (
+	"compress/gzip"
 	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -14,6 +16,7 @@ import (
 	"golang.org/x/net/html"
 
 	"github.com/culvert-io/culvert/proxy/fleet"
+	"github.com/culvert-io/culvert/proxy/server"
 	"github.com/culvert-io/culvert/proxy/ui"
 )
 
@@ -354,6 +357,79 @@ func TestPageEmpty(t *testing.T) {
 	for query, want := range map[string]int{"agent=nobody": 404, "group=job/nothing": 404, "agent=": 200} {
 		if w, _ := serve(t, query, ui.Content{}); w.Code != want {
 			t.Errorf("%q: %d, want %d", query, w.Code, want)
+		}
+	}
+}
+
+var assetLink = regexp.MustCompile(`"(ui/[^"]+)"`)
+
+// Behind a prefix, as a reverse proxy gives one, all that the page and its modules name is
+// there; a browser keeps the files as long as they are of this version.
+func TestAssets(t *testing.T) {
+	for _, prefix := range []string{"", "/some/culvert"} {
+		s := newSite(t, func(c *server.Config) { c.RoutePrefix = prefix })
+		page := s.get("")
+		policy := page.header.Get("Content-Security-Policy")
+		for _, want := range []string{"default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'", "frame-ancestors 'none'", "base-uri 'none'"} {
+			if !strings.Contains(policy, want) || strings.Contains(policy, "unsafe") {
+				t.Errorf("the page's policy is %q, want %s, and nothing unsafe", policy, want)
+			}
+		}
+		for name, want := range map[string]string{"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Content-Type": "text/html; charset=utf-8"} {
+			if got := page.header.Get(name); got != want {
+				t.Errorf("the page has %s: %s, want %s", name, got, want)
+			}
+		}
+		wanted := map[string]bool{}
+		for _, m := range assetLink.FindAllStringSubmatch(page.body, -1) {
+			wanted[m[1]] = true
+		}
+		total := 0
+		var seen []string
+		for len(wanted) > 0 {
+			for name := range wanted {
+				delete(wanted, name)
+				if slices.Contains(seen, name) {
+					continue
+				}
+				seen = append(seen, name)
+				a := s.get(name, "Accept-Encoding", "identity")
+				if a.code != http.StatusOK || a.header.Get("Cache-Control") != "private, max-age=31536000, immutable" || a.header.Get("ETag") == "" || a.header.Get("X-Content-Type-Options") != "nosniff" {
+					t.Errorf("%s: %d, %v", name, a.code, a.header)
+				}
+				total += len(a.body)
+				for _, m := range regexp.MustCompile(`from "\./([^"]+)"`).FindAllStringSubmatch(a.body, -1) {
+					wanted[name[:strings.LastIndex(name, "/")+1]+m[1]] = true
+				}
+				if again := s.get(name, "If-None-Match", a.header.Get("ETag"), "Accept-Encoding", "identity"); again.code != http.StatusNotModified {
+					t.Errorf("%s: %d for its own ETag", name, again.code)
+				}
+				zipped := s.get(name, "Accept-Encoding", "gzip")
+				if z, err := gzip.NewReader(strings.NewReader(zipped.body)); err != nil {
+					t.Errorf("%s: %v", name, err)
+				} else if plain, err := io.ReadAll(z); err != nil || string(plain) != a.body || zipped.header.Get("ETag") == a.header.Get("ETag") {
+					t.Errorf("%s: by gzip it has %d bytes, %v, and the ETag %s", name, len(plain), err, zipped.header.Get("ETag"))
+				}
+				parts := strings.Split(name, "/")
+				parts[1] = "another"
+				if old := s.get(strings.Join(parts, "/"), "Accept-Encoding", "identity"); old.body != a.body || old.header.Get("Cache-Control") != "no-cache" {
+					t.Errorf("%s of another version: %d, %v", name, old.code, old.header)
+				}
+			}
+		}
+		if len(seen) < 8 || total > 100_000 {
+			t.Errorf("the page has the files %q of %d bytes; want them all, and less than 100 kB", seen, total)
+		}
+		for _, name := range []string{"ui/", "ui/x", "ui/x/none.js", "ui/x/../ui.go", "ui/x/assets/page.js"} {
+			if a := s.get(name); a.code != http.StatusNotFound {
+				t.Errorf("%s: %d, want 404", name, a.code)
+			}
+		}
+		zipped := s.get("", "Accept-Encoding", "gzip;q=0.5, br")
+		if z, err := gzip.NewReader(strings.NewReader(zipped.body)); err != nil || zipped.header.Get("Vary") != "Accept-Encoding" {
+			t.Errorf("the page by gzip: %v, %v", err, zipped.header)
+		} else if plain, err := io.ReadAll(z); err != nil || !strings.HasPrefix(string(plain), "<!DOCTYPE html>") {
+			t.Errorf("the page by gzip: %v, %.40q", err, plain)
 		}
 	}
 }

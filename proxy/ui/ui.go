@@ -89,6 +89,7 @@ func Serve(w http.ResponseWriter, r *http.Request, content Content) {
 
 var page = template.Must(template.New("page").Funcs(template.FuncMap{
 	"asset":    assetPath,
+	"modules":  func() []string { return []string{"agents.js", "dom.js", "groups.js", "live.js", "table.js"} }, // that page.js imports
 	"absolute": absolute,
 	"rfc3339":  func(t time.Time) string { return t.UTC().Format(time.RFC3339) },
 	"seconds":  seconds,
