@@ -8,6 +8,8 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -74,6 +76,32 @@ func newSite(t testing.TB, tweak func(*server.Config)) *site {
 	return s
 }
 
+// newSecureSite starts a proxy with roles, and its state on disk: nothing to warn of. The
+// operator is root, and prom may scrape web-*; both have the password "secret".
+func newSecureSite(t testing.TB) *site {
+	t.Helper()
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"password": "secret\n", "token": "a-token-of-all-agents\n", "culvert.yml": `
+roles:
+  operators:
+  - {name: admins, basic_auth: {username: root, password_file: password}}
+  scrapers:
+  - {name: prometheus, basic_auth: {username: prom, password_file: password}, agents: ['web-*.example.net']}
+  agents:
+  - {name: machines, token_file: token, agents: ['*.example.net']}
+`} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := newSite(t, func(c *server.Config) {
+		c.ConfigFile, c.StoragePath = filepath.Join(dir, "culvert.yml"), filepath.Join(dir, "data")
+	})
+	s.tokenFile = filepath.Join(dir, "token")
+	return s
+}
+
 // hosts are what the machines of a company may be called.
 var hosts = []struct{ name, role string }{{"web", "web"}, {"db", "database"}, {"cache", "cache"}, {"queue", "queue"}, {"build", "ci"}}
 
@@ -125,6 +153,13 @@ func (s *site) startAgent(config agent.Config) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.stops[config.Name] = cancel
+}
+
+// stopAgent ends an agent, which is lost then.
+func (s *site) stopAgent(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stops[name]()
 }
 
 // awaitConnected waits until so many agents are connected.
