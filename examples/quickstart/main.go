@@ -298,7 +298,7 @@ scrape_configs:
     static_configs:
       - targets: ["%[1]s"]
 
-And open http://%[1]s/ to see the agents.
+And open http://%[1]s/ to see the agent, its scrapes and the pushed group.
 
 `, proxy)
 }
