@@ -24,6 +24,7 @@ import (
 
 	"github.com/culvert-io/culvert/client/agent"
 	"github.com/culvert-io/culvert/client/httpclient"
+	"github.com/culvert-io/culvert/protocol/help"
 )
 
 // flags is the command line. Where it and the configuration file speak of the
@@ -108,7 +109,7 @@ func (f *flags) app() *kingpin.Application {
 	f.log = &promslog.Config{Level: promslog.NewLevel(), Format: promslog.NewFormat()}
 	app := kingpin.New("culvert-client", "Dials out of a firewalled host, and serves Prometheus's scrapes that come through culvert-proxy.")
 	app.HelpFlag.Short('h')
-	app.UsageFuncs(manFuncs)
+	help.SetUp(app, manPage)
 	app.Version(version.Print("culvert-client"))
 	app.UsageWriter(os.Stdout)
 

@@ -26,6 +26,7 @@ import (
 	"github.com/prometheus/common/version"
 
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/protocol/help"
 	"github.com/culvert-io/culvert/proxy/access"
 	"github.com/culvert-io/culvert/proxy/server"
 )
@@ -121,7 +122,7 @@ type flags struct {
 func (c *flags) app() *kingpin.Application {
 	app := kingpin.New("culvert-proxy", "Carries Prometheus's scrapes to agents behind firewalls and NAT.")
 	app.HelpFlag.Short('h')
-	app.UsageFuncs(manFuncs)
+	help.SetUp(app, manPage)
 	app.Version(version.Print("culvert-proxy"))
 	app.UsageWriter(os.Stdout)
 
