@@ -240,13 +240,15 @@ func (n *nativeHistogram) intervals() []interval {
 		return bound
 	}
 	for _, b := range slices.Backward(n.negative) {
-		out = append(out, interval{lower: -bucketBound(b.index, n.schema), upper: -lower(b), count: b.count, closedLower: true})
+		bound := bucketBound(b.index, n.schema) // of an extreme index 0: then Prometheus has both ends open
+		out = append(out, interval{lower: -bound, upper: -lower(b), count: b.count, closedLower: bound > 0})
 	}
 	if n.zeroCount > 0 {
 		out = append(out, interval{lower: -n.zeroThreshold, upper: n.zeroThreshold, count: n.zeroCount, closedLower: true, closedUpper: true})
 	}
 	for _, b := range n.positive {
-		out = append(out, interval{lower: lower(b), upper: bucketBound(b.index, n.schema), count: b.count, closedUpper: true})
+		bound := bucketBound(b.index, n.schema)
+		out = append(out, interval{lower: lower(b), upper: bound, count: b.count, closedUpper: bound > 0})
 	}
 	return out
 }
