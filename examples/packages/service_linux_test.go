@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // property returns a property of a unit.
@@ -22,6 +23,21 @@ func (m *machine) property(unit, name string) string {
 func (m *machine) scrape(url string) string {
 	m.t.Helper()
 	return m.run("curl", "--silent", "--show-error", "--fail", "--proxy", "http://127.0.0.1:8080", "--retry", "30", "--retry-all-errors", "--retry-delay", "1", url)
+}
+
+// awaitJournal waits until a unit has logged that: the journal takes what programs write when
+// it gets round to it.
+func (m *machine) awaitJournal(unit, want string) {
+	m.t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		out := m.run("journalctl", "--no-pager", "--output=cat", "--unit="+unit)
+		if strings.Contains(out, want) {
+			return
+		}
+		if time.Now().After(deadline) {
+			m.t.Fatalf("the journal of %s does not say %s:\n%s", unit, want, out)
+		}
+	}
 }
 
 // TestService installs the packages where a systemd runs, and has it run them with all
@@ -63,9 +79,7 @@ func TestService(t *testing.T) {
 	if out, code := m.try("systemctl", "start", "culvert-client"); code == 0 {
 		t.Errorf("an agent without a proxy started\n%s", out)
 	}
-	if out := m.run("journalctl", "--no-pager", "--unit=culvert-client"); !strings.Contains(out, "--proxy-url") {
-		t.Errorf("the journal does not say what is missing:\n%s", out)
-	}
+	m.awaitJournal("culvert-client", "--proxy-url")
 	m.run("systemctl", "stop", "culvert-client")
 
 	m.write("/etc/culvert-client/client.yml", `
@@ -153,9 +167,7 @@ metrics_address: ""
 	if result, code := m.property("culvert-client", "Result"), m.property("culvert-client", "ExecMainStatus"); result != "success" || code != "0" {
 		t.Errorf("the agent's end is %s, with the exit code %s", result, code)
 	}
-	if out := m.run("journalctl", "--no-pager", "--unit=culvert-proxy", "--output=cat"); !strings.Contains(out, `msg="Agent leaves" agent=web-1.example.net`) {
-		t.Errorf("the proxy does not know that the agent left:\n%s", out)
-	}
+	m.awaitJournal("culvert-proxy", `msg="Agent leaves" agent=web-1.example.net`)
 	m.run("systemctl", "start", "culvert-client")
 
 	// The removal stops both, and leaves what was configured and stored.
