@@ -299,39 +299,6 @@ func TestGivenUpOpensAreBounded(t *testing.T) {
 	})
 }
 
-// TestMaxAccepted: of streams that are opened at once, those beyond MaxAccepted wait for
-// their turn, and this side's don't have to be few because of it.
-func TestMaxAccepted(t *testing.T) {
-	p := tunnel{proxy: protocol.SessionConfig{MaxAccepted: 4}}.open(t)
-	serve(t, p.proxy, echo)
-	serve(t, p.agent, echo)
-	for _, side := range []struct {
-		name    string
-		from    *protocol.Session
-		streams int
-	}{{"the agent's", p.agent, 64}, {"the proxy's", p.proxy, 200}} {
-		var tasks sync.WaitGroup
-		for range side.streams {
-			tasks.Go(func() {
-				stream, err := side.from.Open(t.Context())
-				if err != nil {
-					t.Errorf("%s: %v", side.name, err)
-					return
-				}
-				defer stream.Close()
-				stream.SetDeadline(time.Now().Add(30 * time.Second))
-				back := make([]byte, 4)
-				if _, err := stream.Write([]byte("ping")); err != nil {
-					t.Errorf("%s: %v", side.name, err)
-				} else if _, err := io.ReadFull(stream, back); err != nil || string(back) != "ping" {
-					t.Errorf("%s: %q, %v", side.name, back, err)
-				}
-			})
-		}
-		tasks.Wait()
-	}
-}
-
 func TestMaxStreams(t *testing.T) {
 	const limit = 8
 	t.Run("opened here", func(t *testing.T) {
