@@ -52,12 +52,10 @@ type SessionConfig struct {
 	DeadAfter time.Duration
 	// MaxStreams bounds the streams of the session: Open fails when there are so
 	// many, of both sides together, and Accept takes no more of the other side's. As
-	// many again, at most 256, may wait for Accept, and as many of this side's for the
-	// other's. 1024 by default.
+	// many again, at most 256, may wait for Accept. 1024 by default.
 	MaxStreams int
 	// MaxAccepted bounds the accepted streams by themselves: a side that expects
-	// few of them need not buffer for many. No more than that, or 64 where it is less,
-	// may wait then. MaxStreams by default.
+	// few of them need not buffer for many. MaxStreams by default.
 	MaxAccepted int
 	// StreamWindow is the receive window of a stream in bytes, and so bounds the
 	// throughput of one response to StreamWindow per round trip, and the memory
@@ -86,11 +84,6 @@ const (
 	// without any wait for the window. Requests are small.
 	acceptedStreamWindow = 6 << 20
 	dialledStreamWindow  = 1 << 20
-
-	// maxBacklog and leastBacklog bound how many streams may wait for their ACK. Each
-	// place takes 8 bytes of the session, used or not. With fewer places than scrapes of an
-	// agent that run at a time, some of them would wait for a round trip more.
-	maxBacklog, leastBacklog = 256, 64
 
 	// streamCloseTimeout is how long a closed stream waits for the other side's
 	// FIN before it is reset. A half-closed stream keeps its buffers until then.
@@ -173,9 +166,8 @@ func newSession(conn *frameConn, config SessionConfig, dialled bool) (*Session, 
 	conn.limit(firstUnsent)
 	s.taken = make(chan struct{}, config.MaxAccepted)
 	yc := yamux.DefaultConfig()
-	// yamux resets what goes beyond.
-	yc.AcceptBacklog = min(maxBacklog, config.MaxStreams, max(config.MaxAccepted, leastBacklog))
-	yc.EnableKeepAlive = false // ours has jitter, and counts any frame as a sign of life
+	yc.AcceptBacklog = min(256, config.MaxStreams) // yamux resets what goes beyond
+	yc.EnableKeepAlive = false                     // ours has jitter, and counts any frame as a sign of life
 	yc.ConnectionWriteTimeout = config.DeadAfter
 	yc.StreamOpenTimeout = 0 // it would close the whole session
 	yc.StreamCloseTimeout = streamCloseTimeout
