@@ -5,7 +5,9 @@ import (
 	"encoding/base64"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
@@ -26,6 +28,7 @@ import (
 	"github.com/chromedp/chromedp/kb"
 
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/proxy/server"
 )
 
 // missing skips the test, or fails it where all has to be tried.
@@ -48,7 +51,7 @@ type browser struct {
 	troubles []string   // errors of the console, and requests to elsewhere
 }
 
-func newBrowser(t testing.TB, s *site) *browser {
+func newBrowser(t testing.TB, s *site, more ...chromedp.ExecAllocatorOption) *browser {
 	t.Helper()
 	program := ""
 	for _, name := range []string{"chromium", "chromium-browser", "google-chrome", "chrome"} {
@@ -61,7 +64,7 @@ func newBrowser(t testing.TB, s *site) *browser {
 		missing(t, "chromium", "apt-get install chromium")
 	}
 	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(program), chromedp.NoSandbox, chromedp.WindowSize(1280, 800), chromedp.Flag("disable-component-update", true))
-	allocator, end := chromedp.NewExecAllocator(context.Background(), options...)
+	allocator, end := chromedp.NewExecAllocator(context.Background(), append(options, more...)...)
 	t.Cleanup(end)
 	b := &browser{t: t, site: s}
 	ctx, _ := chromedp.NewContext(allocator, chromedp.WithListener(b.listen))
@@ -493,7 +496,7 @@ func TestBrowser(t *testing.T) {
 
 // TestBrowserRoles has people with less than all roles look at the page.
 func TestBrowserRoles(t *testing.T) {
-	s := newSecureSite(t)
+	s := newSecureSite(t, nil)
 	b := newBrowser(t, s)
 	s.startAgents(0, 10)
 	s.push(5)
@@ -577,6 +580,86 @@ func TestBrowserForeignText(t *testing.T) {
 	b.click("dialog .danger")
 	b.await(`document.querySelector("#empty [data-empty=none]").checkVisibility()`)
 	b.quiet()
+}
+
+// TestBrowserOtherSite has a page of another site, in the browser of somebody who may do
+// everything here, try to change something and to read something.
+func TestBrowserOtherSite(t *testing.T) {
+	tweak := func(c *server.Config) { c.EnableLifecycle, c.EnableAdminAPI = true, true }
+	for name, s := range map[string]*site{"open": newSite(t, tweak), "roles": newSecureSite(t, tweak)} {
+		t.Run(name, func(t *testing.T) {
+			s.startAgents(0, 1)
+			s.push(1)
+			path := "metrics/job/backup/instance/" + hostName(0)
+			evil := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.Header().Set("Content-Type", "text/html")
+				io.WriteString(w, "<!DOCTYPE html><title>evil</title><p>Look at the kittens")
+			}))
+			t.Cleanup(evil.Close)
+			_, evilPort, _ := net.SplitHostPort(evil.Listener.Addr().String())
+			_, port, _ := net.SplitHostPort(s.Addr())
+			b := newBrowser(t, s, chromedp.Flag("host-resolver-rules", "MAP *.test 127.0.0.1"))
+
+			// By name, without TLS, browsers leave Sec-Fetch-Site away, and Origin alone tells.
+			for _, host := range []string{"127.0.0.1", "proxy.culvert.test"} {
+				own := "http://" + net.JoinHostPort(host, port) + "/"
+				for _, from := range []string{"127.0.0.1", "kittens.culvert.test", "evil.test"} {
+					if s.tokenFile != "" { // the browser keeps the password
+						b.do(chromedp.Navigate(strings.Replace(own, "http://", "http://root:secret@", 1)))
+						b.await(`document.querySelector("#live").textContent === "live"`)
+					}
+					site := "http://" + net.JoinHostPort(from, evilPort) + "/"
+					b.do(chromedp.Navigate(site))
+					for _, try := range [][2]string{
+						{"DELETE", path}, {"PUT", path}, {"POST", path}, {"POST", "metrics/job/evil"}, {"PUT", "metrics/job/evil"}, {"POST", "api/v1/push?id=evil"},
+						{"DELETE", "api/v1/groups?match[]={job%3D\"backup\"}"}, {"PUT", "api/v1/admin/wipe"}, {"DELETE", "api/v1/agents/" + hostName(0)},
+						{"POST", "-/reload"}, {"POST", "-/quit"}, {"PUT", "-/quit"},
+					} {
+						for _, mode := range []string{"cors", "no-cors"} {
+							for _, credentials := range []string{"include", "omit"} {
+								got := value[string](b, fmt.Sprintf(`fetch(%q, {method: %q, mode: %q, credentials: %q, headers: {"Content-Type": "text/plain"}, body: "evil 1\n"}).then((r) => r.type + " " + r.status, (e) => e.name)`, own+try[1], try[0], mode, credentials))
+								if !slices.Contains([]string{"TypeError", "opaque 0", "cors 403", "cors 401"}, got) {
+									t.Errorf("%s: %s %s%s (%s, %s): %s", site, try[0], own, try[1], mode, credentials, got)
+								}
+							}
+						}
+						if try[0] != "POST" {
+							continue
+						}
+						value[any](b, fmt.Sprintf(`new Promise((answered) => {
+							const form = document.createElement("form"), frame = document.createElement("iframe");
+							Object.assign(form, {method: "POST", enctype: "text/plain", action: %q, target: "frame"});
+							form.innerHTML = "<textarea name='evil 1\n#'></textarea>";
+							frame.name = "frame";
+							document.body.replaceChildren(form, frame);
+							frame.onload = () => answered(null);
+							form.submit();
+						})`, own+try[1]))
+					}
+					for _, route := range []string{"", "api/v1/page", "api/v1/agents", "api/v1/agents/" + hostName(0), "api/v1/scrapes?agent=" + hostName(0), "api/v1/scrape_config", "api/v1/groups", "targets", "clients", "metrics", "scrape/" + hostName(0) + "/app/metrics"} {
+						if got := value[string](b, fmt.Sprintf(`fetch(%q, {credentials: "include"}).then((r) => r.text(), (e) => e.name)`, own+route)); got != "TypeError" {
+							t.Errorf("%s can read %s%s: %.100q", site, own, route, got)
+						}
+					}
+				}
+			}
+			if got := s.get("api/v1/groups").body; !strings.Contains(got, `"backup"`) || strings.Contains(got, "evil") {
+				t.Errorf("the groups are %s", got)
+			}
+			if got := s.get("metrics?only=groups").body; strings.Contains(got, "evil") {
+				t.Errorf("pushed was\n%s", got)
+			}
+			if got := s.get("api/v1/agents/" + hostName(0)); got.code != http.StatusOK {
+				t.Errorf("the agent's details are %d %s", got.code, got.body)
+			}
+
+			// The same request of the proxy's own page does what it says.
+			b.do(chromedp.Navigate("http://" + net.JoinHostPort("proxy.culvert.test", port) + "/"))
+			if got := value[string](b, fmt.Sprintf(`fetch("/%s", {method: "DELETE"}).then((r) => r.type + " " + r.status, (e) => e.message)`, path)); got != "basic 202" {
+				t.Errorf("the proxy's own page gets %s", got)
+			}
+		})
+	}
 }
 
 // thousands writes a number as the page does.

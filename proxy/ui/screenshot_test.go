@@ -26,7 +26,7 @@ func TestScreenshots(t *testing.T) {
 	if os.Getenv("CULVERT_SCREENSHOTS") == "" {
 		t.Skip("CULVERT_SCREENSHOTS names no directory for them")
 	}
-	s := newSecureSite(t)
+	s := newSecureSite(t, nil)
 	s.slow = true
 	b := newBrowser(t, s)
 	s.startAgents(0, 60)

@@ -78,7 +78,7 @@ func newSite(t testing.TB, tweak func(*server.Config)) *site {
 
 // newSecureSite starts a proxy with roles, and its state on disk: nothing to warn of. The
 // operator is root, and prom may scrape web-*; both have the password "secret".
-func newSecureSite(t testing.TB) *site {
+func newSecureSite(t testing.TB, tweak func(*server.Config)) *site {
 	t.Helper()
 	dir := t.TempDir()
 	for name, text := range map[string]string{
@@ -97,6 +97,9 @@ roles:
 	}
 	s := newSite(t, func(c *server.Config) {
 		c.ConfigFile, c.StoragePath = filepath.Join(dir, "culvert.yml"), filepath.Join(dir, "data")
+		if tweak != nil {
+			tweak(c)
+		}
 	})
 	s.tokenFile = filepath.Join(dir, "token")
 	return s
