@@ -147,6 +147,10 @@ func (s *Server) serveScrapeConfig(w http.ResponseWriter, r *http.Request) {
 	if credentials != nil {
 		fmt.Fprintf(&text, "# %s and %s stand for the basic_auth of an entry of roles.scrapers: a proxy_url takes no token.\n", credentials.Username, credentials.Password)
 	}
+	if s.config.ExternalURL != nil {
+		fmt.Fprintf(&text, "# Where %s is a reverse proxy that speaks HTTP, scrapes don't get through it as they are: write this proxy's own address into each proxy_url. Or leave that away, with %s?mode=path.\n",
+			oneLine(base.Host), oneLine(base.JoinPath("targets").String()))
+	}
 	if base.Scheme == "https" {
 		text.WriteString("# A certificate of a private authority needs tls_config with its ca_file beside each proxy_url, in http_sd_configs, and in the last job.\n")
 	}
@@ -180,14 +184,15 @@ type answeringAt struct {
 	port         int
 }
 
-// job returns the name of a job, which says what is special.
+// job returns the name of a job, which says what is special. Prometheus takes no file that
+// has a name twice.
 func (a answeringAt) job() string {
 	name := fmt.Sprintf("port-%d", a.port)
 	if a.scheme == "https" {
 		name += "-https"
 	}
 	if a.path != "/metrics" {
-		name += strings.ReplaceAll("/"+strings.Trim(a.path, "/"), "/", "-")
+		name += a.path
 	}
 	return name
 }
@@ -223,7 +228,7 @@ func (s *Server) answering(r *http.Request) map[answeringAt]map[string]bool {
 				}
 				place.port = int(port)
 			}
-			place.path = u.Path
+			place.path = cmp.Or(u.Path, "/")
 			if found[place] == nil {
 				found[place] = map[string]bool{}
 			}

@@ -27,7 +27,11 @@ func scrapeJobs(t *testing.T, p *testProxy, path string, header ...string) map[s
 	}
 	jobs := map[string]map[string]any{}
 	for _, job := range config.Jobs {
-		jobs[job["job_name"].(string)] = job
+		name := job["job_name"].(string)
+		if jobs[name] != nil {
+			t.Errorf("two jobs are called %q:\n%s", name, a.body)
+		}
+		jobs[name] = job
 	}
 	return jobs
 }
@@ -92,5 +96,23 @@ func TestScrapeConfigAccess(t *testing.T) {
 	jobs := scrapeJobs(t, p, "/api/v1/scrape_config?port="+port+"&port=9100", prom)
 	if fmt.Sprint(jobs["port-"+port]["static_configs"]) != "<nil>" || !strings.Contains(fmt.Sprint(jobs["port-9100"]["relabel_configs"]), "$1:9100") || len(jobs) != 4 {
 		t.Errorf("got %v", jobs)
+	}
+}
+
+// TestScrapeConfigPaths: each path that answered is a job, of a name of its own.
+func TestScrapeConfigPaths(t *testing.T) {
+	t.Parallel()
+	p := newProxy(t, nil)
+	_, port := newTarget(t, nil)
+	newAgent(t, p, allowAll)
+	for _, path := range []string{"", "/", "/metrics", "/metrics/", "/a/b", "/a-b", "/%3Ca%3E%23"} {
+		p.get("http://web-1:"+port+path).ok(t, "up 1")
+	}
+	eventually(t, "all paths are listed", func() bool { return len(scrapeJobs(t, p, "/api/v1/scrape_config")) == 2+6 })
+	jobs := scrapeJobs(t, p, "/api/v1/scrape_config")
+	for name, path := range map[string]any{"": nil, "/": "/", "/metrics/": "/metrics/", "/a/b": "/a/b", "/a-b": "/a-b", "/<a>#": "/<a>#"} {
+		if job := jobs["port-"+port+name]; job == nil || job["metrics_path"] != path {
+			t.Errorf("port-%s%s: %v", port, name, job)
+		}
 	}
 }
