@@ -499,7 +499,7 @@ func (s *Server) serveAgentListener(w http.ResponseWriter, r *http.Request) {
 	case s.servesPushProx(w, r):
 	default:
 		s.refuse(w, r, protocol.Refusef(http.StatusNotFound, protocol.CodeNotFound,
-			"this address is for agents, and has %s alone", protocol.PathTunnel))
+			"this address is for agents alone; everything else is at the address of --web.listen-address"))
 	}
 }
 
