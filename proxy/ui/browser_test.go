@@ -579,6 +579,15 @@ func TestBrowserForeignText(t *testing.T) {
 	shows("dialog", foreign)
 	b.click("dialog .danger")
 	b.await(`document.querySelector("#empty [data-empty=none]").checkVisibility()`)
+
+	// A link that was made up, or is from another version, leads to the default.
+	for _, query := range []string{"?view=constructor", "?view=__proto__", "?state=constructor", "?state=__proto__", "?state=tired", "?sort=constructor", "?sort=-__proto__", "?sort=colour"} {
+		b.open(query)
+		b.await(`document.querySelectorAll("#rows tbody th").length === 1`)
+		if got := value[string](b, `document.querySelector("#state").value + document.querySelector("nav [aria-current]").dataset.view + document.querySelector("#rows [aria-sort]").textContent`); got != "agentsAgent" {
+			t.Errorf("%s shows %s", query, got)
+		}
+	}
 	b.quiet()
 }
 

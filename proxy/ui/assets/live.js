@@ -107,9 +107,11 @@ const behind = (at) => at || Infinity;
 const rank = (order) => (a, b) => order.indexOf(a.state) - order.indexOf(b.state);
 const compare = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
 
-// The same orders as those of the page that the proxy makes.
+// The same orders and states as those of the page that the proxy makes. They are looked up
+// by what stands in an address: nothing is inherited.
 export const orders = {
   agents: {
+    __proto__: null,
     name: () => 0,
     state: rank(["lost", "failing", "connected"]),
     since: (a, b) => b.sinceAt - a.sinceAt,
@@ -119,6 +121,7 @@ export const orders = {
     proxy: (a, b) => compare((a.proxies ?? []).join(" "), (b.proxies ?? []).join(" ")),
   },
   groups: {
+    __proto__: null,
     group: () => 0,
     state: rank(["failed", "late", "expired", "ok"]),
     pushed: (a, b) => compare(behind(b.pushedAt), behind(a.pushedAt)),
@@ -129,9 +132,9 @@ export const orders = {
   },
 };
 
-const states = {
-  agents: { connected: (a) => a.connected, lost: (a) => !a.connected, failing: (a) => a.health === "failing" },
-  groups: { ok: (g) => g.state === "ok", late: (g) => g.up === false, failed: (g) => g.state === "failed", expired: (g) => g.state === "expired" },
+export const states = {
+  agents: { __proto__: null, connected: (a) => a.connected, lost: (a) => !a.connected, failing: (a) => a.health === "failing" },
+  groups: { __proto__: null, ok: (g) => g.state === "ok", late: (g) => g.up === false, failed: (g) => g.state === "failed", expired: (g) => g.state === "expired" },
 };
 
 /** select returns the rows of a view that the query selects, in its order. */

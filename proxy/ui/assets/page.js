@@ -2,13 +2,13 @@
 import * as agents from "./agents.js";
 import { at, count, h, put, say, set } from "./dom.js";
 import * as groups from "./groups.js";
-import { follow, orders, select, state } from "./live.js";
+import { follow, orders, select, state, states } from "./live.js";
 import { VirtualTable } from "./table.js";
 
 const $ = (id) => document.getElementById(id);
 const main = $("view"), panel = $("panel"), live = $("live");
 const kinds = { agents, groups };
-const titles = { agents: "Agents", groups: "Push groups", status: "Status", config: "Prometheus" };
+const titles = { __proto__: null, agents: "Agents", groups: "Push groups", status: "Status", config: "Prometheus" };
 const narrow = matchMedia("(max-width: 56rem)");
 
 let query = read();
@@ -24,6 +24,7 @@ function read() {
   else if (q.group) q.view = "groups";
   if (!titles[q.view]) q.view = "agents";
   if (kinds[q.view] && !orders[q.view][q.sort.replace(/^-/, "")]) q.sort = firstColumn(q.view);
+  if (!states[q.view]?.[q.state]) q.state = "";
   return q;
 }
 
