@@ -12,6 +12,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/culvert-io/culvert/gateway"
 )
 
 // asset is a file of the page, in both encodings.
@@ -85,7 +87,7 @@ func ServeAsset(w http.ResponseWriter, r *http.Request, rest string) {
 		h.Set("Cache-Control", "no-cache")
 	}
 	body, tag := file.plain, current
-	if acceptsGzip(r) {
+	if gateway.AcceptsGzip(r.Header) {
 		h.Set("Content-Encoding", "gzip")
 		body, tag = file.zipped, current+"-gz"
 	}
@@ -93,23 +95,11 @@ func ServeAsset(w http.ResponseWriter, r *http.Request, rest string) {
 	http.ServeContent(w, r, name, time.Time{}, bytes.NewReader(body))
 }
 
-// acceptsGzip reports whether a client takes gzip. Who refuses it by q=0 is rare
-// enough to be asked for in full words.
-func acceptsGzip(r *http.Request) bool {
-	for field := range strings.SplitSeq(r.Header.Get("Accept-Encoding"), ",") {
-		name, quality, _ := strings.Cut(strings.ReplaceAll(strings.ToLower(field), " ", ""), ";")
-		if name == "gzip" {
-			return strings.Trim(strings.TrimPrefix(quality, "q="), "0.") != "" || quality == ""
-		}
-	}
-	return false
-}
-
 // writeMaybeZipped writes a body, by gzip where the client takes it: the page repeats
 // itself a lot.
 func writeMaybeZipped(w http.ResponseWriter, r *http.Request, status int, body []byte) {
 	w.Header().Set("Vary", "Accept-Encoding")
-	if acceptsGzip(r) {
+	if gateway.AcceptsGzip(r.Header) {
 		w.Header().Set("Content-Encoding", "gzip")
 		body = zip(body, gzip.BestSpeed)
 	}
