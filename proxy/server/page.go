@@ -27,7 +27,7 @@ type pageUpdate struct {
 	Agents     []ui.Agent   `json:"agents"`
 	AgentsGone []string     `json:"agents_gone"`
 	Groups     []ui.Group   `json:"groups"`
-	GroupsGone []string     `json:"groups_gone"`
+	GroupsGone []string     `json:"groups_gone"` // their paths
 	Summary    ui.Summary   `json:"summary"`
 	Warnings   []ui.Warning `json:"warnings"`
 	Draining   bool         `json:"draining"`
@@ -71,9 +71,8 @@ func healthOf(info fleet.Info) string {
 }
 
 func newGroupRow(info gateway.GroupInfo) ui.Group {
-	path := gateway.PathOf(info.Key)
 	row := ui.Group{
-		ID: path, Path: path, Labels: info.Key.Map(), Series: info.Series, Pushed: utc(info.Pushed), Failed: utc(info.Failed),
+		Path: gateway.PathOf(info.Key), Labels: info.Key.Map(), Series: info.Series, Pushed: utc(info.Pushed), Failed: utc(info.Failed),
 		TTL: info.TTL.Seconds(), Interval: info.Interval.Seconds(), Expires: utc(info.Expires), Expired: info.Expired, State: "ok",
 	}
 	if info.Interval > 0 {

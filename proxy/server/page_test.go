@@ -40,7 +40,7 @@ type page struct {
 	}
 	AgentsGone []string `json:"agents_gone"`
 	Groups     []struct {
-		ID, Path, State string
+		Path, State     string
 		Labels          map[string]string
 		Series          int
 		Up              *bool
@@ -122,7 +122,7 @@ func TestPage(t *testing.T) {
 	if row := got.Agents[0]; !row.Connected || row.Health != "none" || !slices.Equal(row.Targets, []string{"router"}) || row.Labels["env"] != "prod" {
 		t.Errorf("the agent's row: %+v", row)
 	}
-	if row := got.Groups[0]; row.State != "ok" || row.Up == nil || !*row.Up || row.TTL != 7200 || row.Series != 1 || row.ID == "" || row.Labels["x"] != "/" || row.Expires == "" {
+	if row := got.Groups[0]; row.State != "ok" || row.Up == nil || !*row.Up || row.TTL != 7200 || row.Series != 1 || row.Path == "" || row.Labels["x"] != "/" || row.Expires == "" {
 		t.Errorf("the group's row: %+v", row)
 	}
 	if s := got.Summary; s["agents"] != 1 || s["connected"] != 1 || s["groups"] != 1 || s["failing"] != 0 || s["groups_late"] != 0 {

@@ -109,7 +109,7 @@ func some(foreign string) ui.Content {
 		Name: foreign, Kind: "culvert", Since: now, FirstSeen: now, LostReason: foreign, Version: foreign, Labels: map[string]string{foreign: foreign},
 		Targets: []string{foreign}, Hosts: []string{foreign}, RemoteAddr: foreign, Transport: foreign, Proxies: []string{foreign}, Health: "failing", Failing: 1, Scraped: 2,
 	}
-	group := ui.Group{ID: foreign, Path: "job/" + url.PathEscape(foreign), Labels: map[string]string{"job": foreign, foreign: foreign}, Series: 3, Pushed: now, Failed: now, Expires: now.Add(time.Hour), Up: no(), State: "late"}
+	group := ui.Group{Path: "job/" + url.PathEscape(foreign), Labels: map[string]string{"job": foreign, foreign: foreign}, Series: 3, Pushed: now, Failed: now, Expires: now.Add(time.Hour), Up: no(), State: "late"}
 	return ui.Content{
 		Version: foreign, Proxy: foreign, Summary: ui.Summary{Agents: 1, Lost: 1, Failing: 1, Groups: 1, GroupsLate: 1},
 		Warnings: []ui.Warning{{Code: foreign, Text: foreign}}, Agents: []ui.Agent{agent}, Groups: []ui.Group{group},

@@ -45,8 +45,7 @@ type Endpoint struct{ Name, Path string }
 
 // Group is a group of the push store as a row of the page, in the API's JSON.
 type Group struct {
-	ID string `json:"id"`
-	// Path is what follows /metrics/ in the path of its pushes.
+	// Path is what follows /metrics/ in the path of its pushes, one for each group.
 	Path   string            `json:"path"`
 	Labels map[string]string `json:"labels"`
 	Series int               `json:"series"`

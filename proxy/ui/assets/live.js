@@ -13,7 +13,7 @@ export const state = {
   summary: null, warnings: [], may: {}, draining: false, proxy: "", version: "", several: false,
 };
 
-let token = "", paths = new Map();
+let token = "";
 
 /**
  * follow keeps state up to date, while somebody looks. changed is called after each answer,
@@ -53,7 +53,6 @@ function apply(update) {
   if (update.full) {
     state.agents = new Map();
     state.groups = new Map();
-    paths = new Map();
     change.agents = change.groups = true;
   }
   for (const row of update.agents ?? []) {
@@ -64,14 +63,10 @@ function apply(update) {
   }
   for (const name of update.agents_gone ?? []) change.agents = state.agents.delete(name) || change.agents;
   for (const row of update.groups ?? []) {
-    paths.set(row.id, row.path);
     state.groups.set(row.path, group(row));
     change.groups = true;
   }
-  for (const id of update.groups_gone ?? []) {
-    change.groups = state.groups.delete(paths.get(id)) || change.groups;
-    paths.delete(id);
-  }
+  for (const path of update.groups_gone ?? []) change.groups = state.groups.delete(path) || change.groups;
   Object.assign(state, { summary: update.summary, warnings: update.warnings ?? [], may: update.may ?? {}, draining: update.draining, proxy: update.proxy, version: update.version });
   if (change.agents) state.several = [...state.agents.values()].some((a) => a.proxies?.length);
   token = update.token;
