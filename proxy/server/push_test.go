@@ -212,6 +212,7 @@ func TestPushRoutes(t *testing.T) {
 			{"DELETE", "/base/metrics/job/j", 202, "", empty},
 			{"GET", "/base/", 200, html, "<"},
 			{"GET", "/base", 301, "Location: /base/", ""},
+			{"GET", "/", 302, "Location: /base/", ""},
 			{"GET", "/base/status", 200, html, "<"},
 			{"GET", "/base/-/ready", 200, plain, "OK"},
 			{"GET", "/base/api/v1/metrics", 200, inJSON, `"labels":{"a":"","job":"j"}`},

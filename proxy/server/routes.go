@@ -24,6 +24,10 @@ func (s *Server) routes() (err error) {
 	}()
 	r := s.guard(route.New())
 	if s.config.RoutePrefix != "" {
+		// Who types the proxy's address alone looks for the page.
+		r.Get("/", func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, s.config.RoutePrefix+"/", http.StatusFound)
+		})
 		r = r.WithPrefix(s.config.RoutePrefix)
 	}
 	get := func(path string, h http.HandlerFunc) {
