@@ -263,8 +263,8 @@ func TestPromoteLabels(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := server.ParseSettings([]byte("discovery:\n  promote: [env]\n")); err == nil {
-		t.Error("an unknown field was taken")
+	if _, err := server.ParseSettings([]byte("discovery:\n  promote: [env]\n")); err == nil || !strings.HasSuffix(err.Error(), "line 2: field promote not found here: correct its name or its place") {
+		t.Errorf("an unknown field: got %v", err)
 	}
 }
 

@@ -116,13 +116,17 @@ func (s *Server) loadSettings() error {
 	return nil
 }
 
+// unknownField is how the YAML library says that nothing takes a field.
+var unknownField = regexp.MustCompile(`field (\S+) not found in type .*`)
+
 // ParseSettings reads a configuration in YAML. Unknown fields are errors.
 func ParseSettings(text []byte) (*Settings, error) {
 	settings := new(Settings)
 	decoder := yaml.NewDecoder(bytes.NewReader(text))
 	decoder.SetStrict(true)
 	if err := decoder.Decode(settings); err != nil && !errors.Is(err, io.EOF) {
-		return nil, err
+		// The library tells the type in this program, which helps nobody.
+		return nil, errors.New(unknownField.ReplaceAllString(err.Error(), "field $1 not found here: correct its name or its place"))
 	}
 	// What stands behind the first document would not count: roles, perhaps.
 	if err := decoder.Decode(new(any)); !errors.Is(err, io.EOF) {
