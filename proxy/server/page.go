@@ -45,7 +45,7 @@ type mayDo struct {
 func newAgentRow(info fleet.Info) ui.Agent {
 	row := ui.Agent{
 		Name: info.Name, Kind: info.Kind, Connected: info.Connected, Since: info.Since, FirstSeen: info.FirstSeen,
-		LostReason: info.LostReason, Version: info.Registration.Version, Labels: info.Registration.Labels, Hosts: info.Registration.Hosts,
+		LostReason: info.LostReason, Version: clip(info.Registration.Version, 100), Labels: info.Registration.Labels, Hosts: info.Registration.Hosts,
 		RemoteAddr: info.RemoteAddr, Transport: info.Transport, RTTSeconds: info.RTTSeconds,
 		Health: healthOf(info), Failing: info.Failing, Scraped: info.Scraped,
 	}

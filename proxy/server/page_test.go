@@ -389,6 +389,26 @@ func TestScrapesLogged(t *testing.T) {
 	})
 }
 
+// TestPageForeignVersion: what an agent calls its version doesn't fill everybody's page.
+func TestPageForeignVersion(t *testing.T) {
+	t.Parallel()
+	p := newProxy(t, nil)
+	d := &protocol.Dialer{ProxyURL: mustParse(t, p.url), Agent: "web-1", Instance: "1"}
+	s, err := d.Dial(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := s.Register(t.Context(), &protocol.Registration{Version: strings.Repeat("1.2.3 ", 100_000)}); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"/", "/?agent=web-1", "/api/v1/page"} {
+		if a := p.get(path); a.code != 200 || len(a.body) > 20_000 || !strings.Contains(a.body, "1.2.3") {
+			t.Errorf("%s: %d, %d bytes", path, a.code, len(a.body))
+		}
+	}
+}
+
 // TestGroupsAPI lists groups, and shows one.
 func TestGroupsAPI(t *testing.T) {
 	t.Parallel()
