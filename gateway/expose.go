@@ -32,7 +32,7 @@ func expose(w http.ResponseWriter, r *http.Request, at *moment, own []*dto.Metri
 	format := negotiate(r.Header)
 	var err error
 	var sections []*section
-	if encoded := format.FormatType(); encoded == expfmt.TypeTextPlain || encoded == expfmt.TypeProtoDelim {
+	if encoded := format.FormatType(); at.store != nil && (encoded == expfmt.TypeTextPlain || encoded == expfmt.TypeProtoDelim) {
 		sections, err = kept.refresh(at, format)
 	}
 	if err != nil {

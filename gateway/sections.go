@@ -40,8 +40,9 @@ func newExpositions(zip *Gzip) *expositions {
 type kept struct {
 	used time.Time
 
-	mu       sync.Mutex         // held while sections are brought up to date; protects them
+	mu       sync.Mutex         // held while sections are brought up to date; protects what follows
 	sections map[int32]*section // by the slot of the first group
+	change   uint64             // of the store, at the latest moment that they were made for
 }
 
 // keptFor is how long a format is kept that nobody asks for.
@@ -49,9 +50,16 @@ const keptFor = 10 * time.Minute
 
 // section is some groups that follow each other. It is immutable.
 type section struct {
-	groups   int
-	change   uint64 // of the store, when it was made
+	slots    []int32
+	change   uint64 // the last one of these groups
 	families []sectionFamily
+}
+
+// shows reports whether these groups, and no others, are in the section as they are at the
+// moment. One that has the same groups after the same last change is the same, whether it
+// was made for an earlier moment or for a later one: scrapes may overtake each other.
+func (sec *section) shows(at *moment, slots []int32) bool {
+	return sec != nil && sec.change == at.lastChange(slots) && slices.Equal(sec.slots, slots)
 }
 
 // sectionFamily is the series of a family in a section: compressed, or as they are where
@@ -126,7 +134,7 @@ func (x *expositions) refresh(at *moment, format expfmt.Format) ([]*section, err
 	for rest := at.slots; len(rest) > 0; {
 		n := at.sectionOf(rest)
 		sec := k.sections[rest[0]]
-		if sec == nil || sec.groups != n || slices.ContainsFunc(rest[:n], func(slot int32) bool { return at.changed[slot] > sec.change }) {
+		if !sec.shows(at, rest[:n]) {
 			outdated = append(outdated, job{len(sections), rest[:n]})
 		}
 		sections, rest = append(sections, sec), rest[n:]
@@ -153,11 +161,12 @@ func (x *expositions) refresh(at *moment, format expfmt.Format) ([]*section, err
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	k.sections = make(map[int32]*section, len(sections))
-	rest := at.slots
+	if at.change < k.change {
+		return sections, nil // it was overtaken, and the next scrape sees more
+	}
+	k.change, k.sections = at.change, make(map[int32]*section, len(sections))
 	for _, sec := range sections {
-		k.sections[rest[0]] = sec
-		rest = rest[sec.groups:]
+		k.sections[sec.slots[0]] = sec
 	}
 	return sections, nil
 }
@@ -189,9 +198,17 @@ func (at *moment) sectionOf(slots []int32) int {
 	return len(slots)
 }
 
+// lastChange returns the last change of some groups.
+func (at *moment) lastChange(slots []int32) (last uint64) {
+	for _, slot := range slots {
+		last = max(last, at.changed[slot])
+	}
+	return last
+}
+
 // encode makes a section of some groups.
 func (at *moment) encode(slots []int32, format expfmt.Format, zw Deflater) (*section, error) {
-	sec := &section{groups: len(slots), change: at.change}
+	sec := &section{slots: slices.Clone(slots), change: at.lastChange(slots)} // the moment, and all its slots, go
 	var all, series = bytes.Buffer{}, []byte(nil)
 	var ends []int
 	images, cursors := make([]*image, len(slots)), make([]int, len(slots))
