@@ -391,7 +391,14 @@ type crowd struct {
 	size  int           // how many were stored together last, and waited then
 	flush time.Duration // how long it takes to store some, on the average
 	timer *time.Timer
+	// alone is how often it is not waited for after the last wait in vain, skipped how often
+	// that has been already.
+	alone, skipped int
 }
+
+// maxAlone bounds crowd.alone: with it, who pushes now and then waits in vain once in so
+// many times.
+const maxAlone = 255
 
 // maxGather bounds the time that a crowd is waited for.
 const maxGather = time.Millisecond
@@ -402,6 +409,10 @@ func (s *Store) gather() {
 	// Requests that can go on without waiting for anything go first.
 	runtime.Gosched()
 	if s.crowd.size <= 1 || s.crowd.flush < 20*time.Microsecond || s.shared != nil {
+		return
+	}
+	if s.crowd.skipped < s.crowd.alone {
+		s.crowd.skipped++
 		return
 	}
 	s.mu.Lock()
@@ -421,8 +432,13 @@ func (s *Store) gather() {
 	s.crowd.timer.Reset(min(2*s.crowd.flush, maxGather))
 	select {
 	case <-s.wake:
+		s.crowd.alone /= 2
 	case <-s.crowd.timer.C:
+		// Those who pause between their pushes meet by chance. To wait for them costs up to a
+		// millisecond: where nothing else is to be done, timers are no finer.
+		s.crowd.alone = min(2*s.crowd.alone+1, maxAlone)
 	}
+	s.crowd.skipped = 0
 	s.crowd.size = 0 // who does not come now is not waited for again
 }
 

@@ -1,0 +1,34 @@
+package gateway
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// Those who pause between their pushes are stored together by chance. Run soon leaves off
+// waiting for them, and takes it up again for those who come.
+func TestGather(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStore(StoreConfig{})
+		gather := func(times int, comes bool) (waits int) {
+			for range times {
+				s.crowd.size, s.crowd.flush = 2, time.Millisecond
+				if comes && len(s.wake) == 0 {
+					s.wake <- struct{}{}
+				}
+				if s.gather(); s.crowd.size == 0 {
+					waits++
+				}
+			}
+			return waits
+		}
+		if n := gather(2000, false); n == 0 || n > 20 {
+			t.Errorf("of 2000 waits in vain, %d were made", n)
+		}
+		gather(2*maxAlone, true)
+		if n := gather(100, true); n != 100 {
+			t.Errorf("of 100 times that others came, they were waited for %d times", n)
+		}
+	})
+}
