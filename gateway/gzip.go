@@ -150,9 +150,20 @@ func (g *gzipWriter) Close() error {
 	return err
 }
 
+// inflaters are what flate.NewReader returns: 40 KB each, where an exposition has thousands
+// of pieces.
+var inflaters sync.Pool
+
 // inflate writes what d was before compression.
 func (d deflated) inflate(w io.Writer) error {
-	r := flate.NewReader(bytes.NewReader(d.data))
+	r, ok := inflaters.Get().(io.ReadCloser)
+	if !ok {
+		r = flate.NewReader(nil)
+	}
+	defer inflaters.Put(r)
+	if err := r.(flate.Resetter).Reset(bytes.NewReader(d.data), nil); err != nil {
+		return err
+	}
 	_, err := io.CopyN(w, r, int64(d.size))
 	return err
 }
