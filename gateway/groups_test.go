@@ -4,9 +4,13 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -188,5 +192,38 @@ func TestServeGroup(t *testing.T) {
 	}
 	if got := serve("/nobody"); got.Code != 404 || !strings.Contains(got.Body.String(), `no group {job="nobody"}`) {
 		t.Errorf("got %d %s", got.Code, got.Body)
+	}
+}
+
+// TestHelpOfMostRecent pushes a metric with several HELP texts at times that come and go:
+// that of the most recent push that is there counts, and of two at one time that of the
+// first group.
+func TestHelpOfMostRecent(t *testing.T) {
+	s := start(t, gateway.StoreConfig{Now: newClock().now}, gateway.Memory())
+	type push struct{ at, help int }
+	groups := map[int]push{}
+	random := rand.New(rand.NewPCG(3, 4))
+	for step := range 2000 {
+		group := random.IntN(6)
+		if path := fmt.Sprintf("/j/instance/%d", group); random.IntN(4) == 0 {
+			s.want(202, "DELETE", path, "")
+			delete(groups, group)
+		} else {
+			p := push{1_899_999_000 + random.IntN(8), random.IntN(3)}
+			s.want(200, "PUT", path, fmt.Sprintf("# HELP m text %d\nm %d\n", p.help, step), gateway.HeaderPushTime, strconv.Itoa(p.at))
+			groups[group] = p
+		}
+		if len(groups) == 0 {
+			continue
+		}
+		latest := push{}
+		for _, group := range slices.Sorted(maps.Keys(groups)) {
+			if groups[group].at > latest.at {
+				latest = groups[group]
+			}
+		}
+		if text := s.scrape().Body.String(); !strings.Contains(text, fmt.Sprintf("# HELP m text %d\n", latest.help)) {
+			t.Fatalf("after step %d, of %v: got\n%s", step, groups, text)
+		}
 	}
 }

@@ -237,10 +237,10 @@ func (x *index) putEntry(g *group, b prepared, before *image) {
 	switch {
 	case !f.differs:
 		f.help = m.help
+	case f.helpAt != 0 && b.pushed > f.helpAt: // whichever the most recent one was
+		f.help, f.helpAt = m.help, b.pushed
 	case f.helpAt == 0 || replaces && old.pushed == f.helpAt || b.pushed == f.helpAt:
 		x.chooseHelp(m.name, f)
-	case b.pushed > f.helpAt:
-		f.help, f.helpAt = m.help, b.pushed
 	}
 }
 
