@@ -198,7 +198,7 @@ func ServeGroup(g *Gateway, w http.ResponseWriter, r *http.Request, rest string)
 // momentOf returns what a scrape of one group alone would see, with the HELP that /metrics
 // shows.
 func (s *Store) momentOf(key Key) (*moment, bool) {
-	s.mu.RLock()
+	s.rLockChosen()
 	defer s.mu.RUnlock()
 	g := s.get(key)
 	if g == nil {

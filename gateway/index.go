@@ -33,7 +33,10 @@ type index struct {
 	shapes   map[string]*shape
 	// differing is how many families have more than one HELP.
 	differing int
-	logger    *slog.Logger
+	// unchosen are families whose most recent push is gone: which HELP counts now is found
+	// when it is asked for, since many groups may go together. See Store.rLockChosen.
+	unchosen map[string]struct{}
+	logger   *slog.Logger
 }
 
 // family is all blocks of one metric name.
@@ -55,7 +58,7 @@ type shape struct {
 }
 
 func newIndex(logger *slog.Logger) index {
-	return index{logger: logger, groups: map[string]*group{}, families: map[string]*family{}, foreign: map[string]map[string]struct{}{}, shapes: map[string]*shape{}}
+	return index{logger: logger, groups: map[string]*group{}, families: map[string]*family{}, unchosen: map[string]struct{}{}, foreign: map[string]map[string]struct{}{}, shapes: map[string]*shape{}}
 }
 
 // install gives a group a new state, and brings the index up to date.
@@ -274,20 +277,25 @@ func (x *index) dropEntry(g *group, b prepared) {
 	switch {
 	case len(f.slots) == 0:
 		delete(x.families, name)
+		delete(x.unchosen, name)
 		escaped := model.EscapeName(name, model.UnderscoreEscaping)
 		if names := x.foreign[escaped]; names != nil {
 			if delete(names, name); len(names) == 0 {
 				delete(x.foreign, escaped)
 			}
 		}
-	case !f.differs || f.helpAt == b.pushed:
+	case !f.differs:
 		x.chooseHelp(name, f)
+	case f.helpAt == b.pushed:
+		f.helpAt = 0
+		x.unchosen[name] = struct{}{}
 	}
 }
 
 // chooseHelp finds the HELP of the most recent push; of those of one time, that of the
 // first group, so that stores that share their groups choose the same.
 func (x *index) chooseHelp(name string, f *family) {
+	delete(x.unchosen, name)
 	if !f.differs {
 		for f.help = range f.helps { // there is but one
 		}
@@ -298,6 +306,18 @@ func (x *index) chooseHelp(name string, f *family) {
 		if b, _ := x.images[slot].find(name); b.pushed > f.helpAt {
 			f.help, f.helpAt = b.meta.Value().help, b.pushed
 		}
+	}
+}
+
+// rLockChosen locks mu for reading, with the HELP of all families chosen.
+func (s *Store) rLockChosen() {
+	for s.mu.RLock(); len(s.unchosen) > 0; s.mu.RLock() {
+		s.mu.RUnlock()
+		s.mu.Lock()
+		for name := range s.unchosen {
+			s.chooseHelp(name, s.families[name])
+		}
+		s.mu.Unlock()
 	}
 }
 

@@ -105,7 +105,7 @@ type head struct {
 // moment returns what a scrape sees, so that none sees half a push. Images are immutable,
 // so the lock is held for as long as it takes to copy pointers.
 func (s *Store) moment() *moment {
-	s.mu.RLock()
+	s.rLockChosen()
 	defer s.mu.RUnlock()
 	at := &moment{
 		store: s, change: s.changes, heads: make(map[string]*head, len(s.families)),
