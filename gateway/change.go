@@ -143,6 +143,9 @@ func (s *Store) edit(e *edit) (*step, error) {
 	if n := countSeries(families); s.config.MaxSeriesPerGroup > 0 && n > s.config.MaxSeriesPerGroup {
 		return nil, &Rejection{e.key, []string{fmt.Sprintf("%s: the group would have %d, at most %d are allowed (--push.max-series-per-group)", ErrTooManySeries, n, s.config.MaxSeriesPerGroup)}, ErrTooManySeries}
 	}
+	if size := imageSize(families); size > maxImage {
+		return nil, &Rejection{e.key, []string{fmt.Sprintf("with the labels of the grouping key on each series the group would take %d bytes, and at most %d are possible; push fewer series to it, or shorten the key", size, maxImage)}, ErrBodyTooLarge}
+	}
 	if reasons := s.inconsistencies(g, families, pushed.families); len(reasons) > 0 {
 		return nil, &Rejection{Key: e.key, Reasons: reasons}
 	}

@@ -44,7 +44,19 @@ type extent struct {
 
 func (p extent) name() string { return p.meta.Value().name }
 
-// newImage builds an image of families, sorted by name.
+// maxImage bounds the data of an image, whose extents have 32 bits. It leaves room for what
+// the gateway itself says of a group.
+const maxImage int64 = 4_000_000_000
+
+// imageSize returns how many bytes of data families take in an image.
+func imageSize(families []prepared) (size int64) {
+	for _, p := range families {
+		size += int64(len(p.text)) + int64(len(p.proto))
+	}
+	return size
+}
+
+// newImage builds an image of at most maxImage bytes of families, sorted by name.
 func newImage(families []prepared) *image {
 	size, series, plain := 0, 0, false
 	for _, p := range families {

@@ -39,7 +39,7 @@ var (
 type Rejection struct {
 	Key     Key
 	Reasons []string
-	// Limit is ErrTooManySeries where that was the reason.
+	// Limit is ErrTooManySeries, ErrTooLarge or ErrBodyTooLarge where that was the reason.
 	Limit error
 }
 
