@@ -19,7 +19,8 @@ import (
 
 // expositions keep what scrapes were answered with, in each format that was asked for
 // lately: between two scrapes few groups are pushed, and what has not changed is neither
-// encoded nor compressed anew. What is kept takes a tenth of the exposition.
+// encoded nor compressed anew. What is kept is compressed where a family has many series: it
+// takes a tenth of the exposition then.
 //
 // The groups, in the order in which they are exposed, are cut into sections; of each
 // section the series of each family are kept. Which groups begin a section depends on the
