@@ -109,7 +109,7 @@ func (f *flags) app() *kingpin.Application {
 	f.log = &promslog.Config{Level: promslog.NewLevel(), Format: promslog.NewFormat()}
 	app := kingpin.New("culvert-client", "Dials out of a firewalled host, and serves Prometheus's scrapes that come through culvert-proxy.")
 	app.HelpFlag.Short('h')
-	help.SetUp(app, manPage)
+	app.UsageFuncs(help.Functions)
 	app.Version(version.Print("culvert-client"))
 	app.UsageWriter(os.Stdout)
 

@@ -2,12 +2,13 @@ package main
 
 import "github.com/culvert-io/culvert/protocol/help"
 
-var manPage = help.Page{
-	Summary: `agent that lets Prometheus scrape its host through culvert\-proxy`,
-	Description: `It runs on a host behind a firewall or NAT, dials out to one or more proxies, and keeps a tunnel to each.
+func init() {
+	help.SetTemplates(help.Page{
+		Summary: `agent that lets Prometheus scrape its host through culvert\-proxy`,
+		Description: `It runs on a host behind a firewall or NAT, dials out to one or more proxies, and keeps a tunnel to each.
 Prometheus scrapes through the proxy what \fB\-\-allow\fR and \fB\-\-target\fR open; nothing else is reachable.
 It serves the textfiles of its host, and takes pushes of the host's batch jobs.`,
-	Sections: `.SH SIGNALS
+		Sections: `.SH SIGNALS
 .TP
 SIGHUP
 Read the configuration file again.
@@ -47,4 +48,5 @@ culvert\-client run \-\-job=backup \-\-interval=24h \-\- ./backup.sh
 .SH SEE ALSO
 .BR culvert\-proxy (1)
 `,
+	})
 }

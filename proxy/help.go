@@ -2,12 +2,13 @@ package main
 
 import "github.com/culvert-io/culvert/protocol/help"
 
-var manPage = help.Page{
-	Summary: `Prometheus scrapes to agents behind firewalls, and a push store for batch jobs`,
-	Description: `It runs where Prometheus can reach it, and takes the tunnels that agents dial from behind firewalls and NAT.
+func init() {
+	help.SetTemplates(help.Page{
+		Summary: `Prometheus scrapes to agents behind firewalls, and a push store for batch jobs`,
+		Description: `It runs where Prometheus can reach it, and takes the tunnels that agents dial from behind firewalls and NAT.
 Prometheus scrapes through it with its ordinary proxy_url, and finds its targets at /targets.
 Batch jobs push to it, by the Pushgateway's API.`,
-	Sections: `.SH SIGNALS
+		Sections: `.SH SIGNALS
 .TP
 SIGHUP
 Read \fB\-\-config.file\fR again. Where it is wrong, the old configuration stays.
@@ -38,4 +39,5 @@ culvert\-proxy import \-\-from=http://old\-pushgateway:9091 \-\-to=http://proxy.
 .SH SEE ALSO
 .BR culvert\-client (1)
 `,
+	})
 }

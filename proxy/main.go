@@ -122,7 +122,7 @@ type flags struct {
 func (c *flags) app() *kingpin.Application {
 	app := kingpin.New("culvert-proxy", "Carries Prometheus's scrapes to agents behind firewalls and NAT.")
 	app.HelpFlag.Short('h')
-	help.SetUp(app, manPage)
+	app.UsageFuncs(help.Functions)
 	app.Version(version.Print("culvert-proxy"))
 	app.UsageWriter(os.Stdout)
 

@@ -21,18 +21,18 @@ type Page struct {
 	Sections string
 }
 
-// SetUp has the program print what this package has, for --help-man,
-// --completion-script-bash and --completion-script-zsh.
-func SetUp(app *kingpin.Application, page Page) {
-	app.UsageFuncs(functions)
+// SetTemplates has --help-man, --completion-script-bash and --completion-script-zsh print what
+// this package has, in an application with Functions. The templates are kingpin's, of the whole
+// program: set them before anything else runs.
+func SetTemplates(page Page) {
 	kingpin.ManPageTemplate = strings.NewReplacer("SUMMARY", page.Summary, "DESCRIPTION_TEXT", page.Description).Replace(manPage) +
 		page.Sections + ".PP\nhttps://github.com/culvert\\-io/culvert\n"
 	kingpin.BashCompletionTemplate = bashCompletion
 	kingpin.ZshCompletionTemplate = zshCompletion
 }
 
-// functions are what manPage uses.
-var functions = template.FuncMap{
+// Functions are for kingpin's UsageFuncs.
+var Functions = template.FuncMap{
 	"Roff": func(text string) string {
 		text = strings.NewReplacer(`\`, `\(rs`, `-`, `\-`).Replace(text)
 		if strings.HasPrefix(text, ".") || strings.HasPrefix(text, "'") {
