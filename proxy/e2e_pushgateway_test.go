@@ -286,6 +286,9 @@ func visible(a answer) string {
 	fmt.Fprint(&b, a.status)
 	for _, name := range []string{"Allow", "Location", "X-Content-Type-Options", "Cache-Control", "Access-Control-Allow-Origin",
 		"Access-Control-Allow-Methods", "Access-Control-Allow-Headers", "Access-Control-Expose-Headers"} {
+		if name == "Cache-Control" && strings.HasPrefix(a.header.Get("Content-Type"), "text/html") {
+			continue // the page for people is of each program's own
+		}
 		if v := a.header.Values(name); len(v) > 0 {
 			fmt.Fprintf(&b, " %s: %q", name, v)
 		}

@@ -67,7 +67,7 @@ func TestScrapeConfig(t *testing.T) {
 	prom := startPrometheusFile(t, config, ca.file)
 	want := []string{
 		"culvert-targets agent." + web1, "culvert-targets router." + web1, "port-" + port(t, asked) + " " + web1 + ":" + port(t, asked),
-		"port-" + port(t, answered) + "-actuator-prometheus " + web1 + ":" + port(t, answered), "port-" + port(t, answered) + "-actuator-prometheus db.lan:" + port(t, answered),
+		"port-" + port(t, answered) + "/actuator/prometheus " + web1 + ":" + port(t, answered), "port-" + port(t, answered) + "/actuator/prometheus db.lan:" + port(t, answered),
 		"port-" + port(t, secure) + "-https " + web1 + ":" + port(t, secure), "culvert-proxy " + proxy.address,
 	}
 	slices.Sort(want)
