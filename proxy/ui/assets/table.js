@@ -35,8 +35,8 @@ export class VirtualTable {
     table.append(this.above, this.body, this.below);
     this.abort = new AbortController();
     const options = { signal: this.abort.signal, passive: true };
-    let frame = 0;
-    const later = () => { frame ||= requestAnimationFrame(() => { frame = 0; this.render(); }); };
+    this.frame = 0; // that is asked for, to render in
+    const later = () => { this.frame ||= requestAnimationFrame(() => { this.frame = 0; this.render(); }); };
     scroller.addEventListener("scroll", later, options);
     this.resize = new ResizeObserver(later);
     this.resize.observe(scroller);
@@ -47,10 +47,11 @@ export class VirtualTable {
     return h("tbody", { class: "space", "aria-hidden": "true" }, h("tr", null, h("td")));
   }
 
-  /** end frees what the table listens to. */
+  /** end frees what the table listens to. Out of the page rows have no height: nothing is rendered any more. */
   end() {
     this.abort.abort();
     this.resize.disconnect();
+    cancelAnimationFrame(this.frame);
   }
 
   /** show takes other rows. With keep, the first row in view stays where it is. */
