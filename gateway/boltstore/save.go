@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sort"
@@ -114,6 +115,7 @@ func putGroups(tx *bolt.Tx, keys []groupKey, record func(key groupKey, before []
 	b.FillPercent = 0.9 // records of a group are of one size: there is no need for room in each page
 	n := b.Sequence()
 	for _, key := range keys {
+		runtime.Gosched() // who pushes meanwhile must not wait for the processor
 		before := b.Get(key[:])
 		packed, err := record(key, before)
 		if err != nil {
