@@ -10,10 +10,10 @@ import (
 
 // The collector's headroom, beside what is alive. The push store makes a large heap
 // that hardly changes and has few pointers: collecting it often costs little, so
-// a third of the default does. A small heap gets more than the default, or
+// six tenths of the default do. A small heap gets more than the default, or
 // the collector would never rest.
 const (
-	largeHeapPercent = 30
+	largeHeapPercent = 60
 	smallHeapPercent = 400
 	minHeadroom      = 24 << 20 // bytes
 	heapCheckEvery   = 2 * time.Second
