@@ -51,6 +51,9 @@ type Config struct {
 	// Gzip compresses and decompresses. By default compress/gzip does; fastgzip.Gzip is
 	// faster.
 	Gzip *Gzip
+	// UseAllProcessors is called where work begins that goes faster on all processors, if the
+	// program keeps to fewer. It does nothing by default.
+	UseAllProcessors func()
 }
 
 // Gateway is the HTTP side of a store.
@@ -77,8 +80,11 @@ func New(config Config, store *Store) *Gateway {
 	if config.Gzip == nil {
 		config.Gzip = standardGzip
 	}
+	if config.UseAllProcessors == nil {
+		config.UseAllProcessors = func() {}
+	}
 	return &Gateway{
-		config: config, store: store, metrics: newMetrics(config.Registerer, store), kept: newExpositions(config.Gzip),
+		config: config, store: store, metrics: newMetrics(config.Registerer, store), kept: newExpositions(config.Gzip, config.UseAllProcessors),
 		memory:  semaphore.NewWeighted(max(4*config.MaxBodySize, 256<<20)),
 		parsing: make(chan struct{}, 4*runtime.GOMAXPROCS(0)), parsingLarge: make(chan struct{}, 2),
 	}
@@ -381,5 +387,5 @@ func ServeOwn(w http.ResponseWriter, r *http.Request, own *Own, logger *slog.Log
 	if err != nil {
 		logger.Error("The server's own metrics are not complete", "err", err)
 	}
-	expose(w, r, &moment{heads: map[string]*head{}}, families, newExpositions(standardGzip), logger)
+	expose(w, r, &moment{heads: map[string]*head{}}, families, newExpositions(standardGzip, func() {}), logger)
 }

@@ -192,7 +192,7 @@ func ServeGroup(g *Gateway, w http.ResponseWriter, r *http.Request, rest string)
 	text.Header.Set("Accept", "text/plain;version=0.0.4")
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
-	expose(w, text, at, nil, newExpositions(g.config.Gzip), g.store.config.Logger)
+	expose(w, text, at, nil, newExpositions(g.config.Gzip, g.config.UseAllProcessors), g.store.config.Logger)
 }
 
 // momentOf returns what a scrape of one group alone would see, with the HELP that /metrics

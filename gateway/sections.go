@@ -27,14 +27,15 @@ import (
 // groups alone, and not on what stands before them: so a group that comes or goes changes no
 // section but its own.
 type expositions struct {
-	zip *Gzip
+	zip              *Gzip
+	useAllProcessors func() // see Config
 
 	mu       sync.Mutex // protects byFormat, and used of each
 	byFormat map[expfmt.Format]*kept
 }
 
-func newExpositions(zip *Gzip) *expositions {
-	return &expositions{zip: zip, byFormat: map[expfmt.Format]*kept{}}
+func newExpositions(zip *Gzip, useAllProcessors func()) *expositions {
+	return &expositions{zip: zip, useAllProcessors: useAllProcessors, byFormat: map[expfmt.Format]*kept{}}
 }
 
 // kept is what is kept in one format.
@@ -79,6 +80,8 @@ const (
 	sectionSeries = 16 << 10
 	// sectionBytes is from how many bytes on series are compressed by themselves.
 	sectionBytes = 1 << 10
+	// manySections take some ten milliseconds to make.
+	manySections = 8
 )
 
 // opensSection reports whether the group begins a section.
@@ -139,6 +142,9 @@ func (x *expositions) refresh(at *moment, format expfmt.Format) ([]*section, err
 			outdated = append(outdated, job{len(sections), rest[:n]})
 		}
 		sections, rest = append(sections, sec), rest[n:]
+	}
+	if len(outdated) >= manySections {
+		x.useAllProcessors()
 	}
 	errs := make([]error, len(outdated))
 	var taken atomic.Int64

@@ -65,7 +65,7 @@ func (x exposed) scrape(at *moment, kept *expositions) string {
 
 func (x exposed) expectAsAnew(at *moment) {
 	x.t.Helper()
-	want := x.scrape(at, newExpositions(standardGzip))
+	want := x.scrape(at, newExpositions(standardGzip, func() {}))
 	if got := x.scrape(at, x.kept); got != want {
 		missing, surplus := difference(want, got), difference(got, want)
 		x.t.Errorf("%d lines are missing, as\n%.500s\nand %d are not to be there, as\n%.500s", len(missing), strings.Join(missing, ""), len(surplus), strings.Join(surplus, ""))

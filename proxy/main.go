@@ -66,6 +66,8 @@ func main() {
 // run serves until ctx ends.
 func run(ctx context.Context, config server.Config) error {
 	config.Logger.Info("Starting culvert-proxy", "version", version.Info())
+	cpus := newProcessors()
+	config.UseAllProcessors = cpus.useAll
 	s, err := server.New(config)
 	if err != nil {
 		return err
@@ -74,6 +76,7 @@ func run(ctx context.Context, config server.Config) error {
 		return err
 	}
 	go saveMemory(ctx)
+	go cpus.run(ctx)
 	tellSystemd(config.Logger, daemon.SdNotifyReady)
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)

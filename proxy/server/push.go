@@ -94,7 +94,7 @@ func (p *pushStore) open() error {
 	}
 	p.store, p.err = store, nil
 	p.gateway.Store(gateway.New(gateway.Config{
-		MaxBodySize: s.config.Push.MaxBodySize, Own: p.own, Gzip: fastgzip.Gzip,
+		MaxBodySize: s.config.Push.MaxBodySize, Own: p.own, Gzip: fastgzip.Gzip, UseAllProcessors: s.config.UseAllProcessors,
 		Registerer: prometheus.WrapRegistererWithPrefix("culvert_proxy_", s.config.Registry),
 	}, store))
 	return nil

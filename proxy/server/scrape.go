@@ -435,6 +435,11 @@ func (s *Server) timeout(h http.Header) time.Duration {
 	return max(timeout-s.config.TimeoutOffset, timeout/2)
 }
 
+// largeScrape is the length from which on a body goes better on all processors: two
+// goroutines, one that reads from the tunnel and one that writes to the scraper, have enough
+// to do at the same time.
+const largeScrape = 1 << 20
+
 // countedBody counts the bytes of response bodies. It fills the buffer where the
 // length of the body is known: each write to the scraper is a system call.
 type countedBody struct {
@@ -452,7 +457,11 @@ func (b *countedBody) Read(p []byte) (n int, err error) {
 			break
 		}
 	}
+	before := b.scrape.bytes
 	b.scrape.bytes += int64(n)
+	if before < largeScrape && b.scrape.bytes >= largeScrape {
+		b.scrape.server.config.UseAllProcessors()
+	}
 	b.scrape.server.metrics.bytes.Add(float64(n))
 	return n, err
 }

@@ -93,6 +93,9 @@ type Config struct {
 	Fleet fleet.Config
 	// Session tunes the sessions; for tests and experiments.
 	Session protocol.SessionConfig
+	// UseAllProcessors is called where work begins that goes better on all processors, if the
+	// program keeps to fewer: a large scrape. It does nothing by default.
+	UseAllProcessors func()
 	// Registry gets the proxy's metrics and is served at /metrics. A new one by default.
 	Registry *prometheus.Registry
 	// Logger is slog.Default by default.
@@ -155,6 +158,9 @@ func New(config Config) (*Server, error) {
 		config.ListenAddresses = []string{":8080"}
 	}
 	setDefault(&config.TelemetryPath, "/metrics")
+	if config.UseAllProcessors == nil {
+		config.UseAllProcessors = func() {}
+	}
 	if config.Logger == nil {
 		config.Logger = slog.Default()
 	}
