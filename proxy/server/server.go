@@ -357,6 +357,9 @@ func (s *Server) shutdown() {
 	}
 	// The listeners stay open meanwhile: who balances load has to see /-/ready fail.
 	s.awaitMoved(ctx, moving)
+	if moving > 0 {
+		s.closeIdle(ctx)
+	}
 	select {
 	case <-s.running.drain():
 	case <-ctx.Done():
@@ -389,6 +392,23 @@ func (s *Server) shutdown() {
 	}
 	s.agentAPI.Close()
 	s.sessions.wait()
+}
+
+// lastCall is how long requests are still taken on new connections once those are closed
+// that wait for one.
+const lastCall = 200 * time.Millisecond
+
+// closeIdle closes the connections that wait for a request. One that was about to bring a
+// scrape has its scraper try again, on a new connection: that must not meet a listener
+// that closes, but another proxy, or this one for lastCall.
+func (s *Server) closeIdle(ctx context.Context) {
+	for _, l := range s.listeners() {
+		l.server.SetKeepAlivesEnabled(false)
+	}
+	select {
+	case <-time.After(lastCall):
+	case <-ctx.Done():
+	}
 }
 
 // tasks are goroutines that shutdown waits for. A request that it cut off may still be
