@@ -374,6 +374,42 @@ func TestClusterForwards(t *testing.T) {
 	}
 }
 
+// TestClusterLastCall: a proxy that stops closes the connections that wait, and takes
+// scrapes on new ones for a moment: a balancer may still lead there.
+func TestClusterLastCall(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t)
+	a, b := newMember(t, e, nil), newMember(t, e, nil)
+	_, port := newTarget(t, nil)
+	agent := newAgent(t, a, func(c *agent.Config) { allowAll(c); c.ProxyURLs = []string{a.url, b.url} })
+	agent.logs.wait(t, "msg=Connected", b.url)
+	b.holds("web-1", true)
+	scrape := func(conn net.Conn) answer {
+		fmt.Fprintf(conn, "GET http://web-1:%s/metrics HTTP/1.1\r\nHost: web-1:%s\r\n\r\n", port, port)
+		return readAnswer(bufio.NewReader(conn), "GET")
+	}
+	waiting := rawConn(t, a.addr)
+	scrape(waiting).ok(t, "up 1\n")
+	stopped := make(chan struct{})
+	go func() { a.stop(); close(stopped) }()
+	if n, err := waiting.Read(make([]byte, 1)); err != io.EOF {
+		t.Fatalf("the connection that waits: %d bytes, %v", n, err)
+	}
+	closed := time.Now()
+	conn, err := net.Dial("tcp", a.addr)
+	if err == nil {
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(patience))
+		if got := scrape(conn); got.code != http.StatusOK {
+			err = fmt.Errorf("%+v", got)
+		}
+	}
+	if took := time.Since(closed); err != nil && took < 100*time.Millisecond {
+		t.Errorf("a scrape right behind that: %v", err)
+	}
+	received(t, stopped, "the end of the proxy")
+}
+
 func portNumber(t *testing.T, port string) uint16 {
 	t.Helper()
 	n, err := strconv.ParseUint(port, 10, 16)
