@@ -11,8 +11,8 @@ import (
 
 // A scrape is a chain of goroutines of which one works at a time. Where processors are
 // idle Go wakes a thread for most of them, to look whether there is more to do: that is a
-// quarter of the processor time of a proxy that has little to do, and a tenth of the time
-// that a scrape takes. So the program keeps to one processor as long as that is enough.
+// fifth of the processor time of a proxy that has little to do, and delays the scrape. So
+// the program keeps to one processor as long as that is enough.
 const (
 	processorsCheck = 100 * time.Millisecond // between looks at whether it is
 	// longWait is a wait for the processor that should not be, in seconds. Go measures
