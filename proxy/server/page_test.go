@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -79,9 +80,11 @@ func (p page) codes() string {
 	return strings.Join(codes, " ")
 }
 
-// api asks for a path of the API, and reads the data of its answer.
+// api asks for a path of the API, and reads the data of its answer, without what data
+// held before.
 func (p *testProxy) api(path string, data any, header ...string) {
 	p.t.Helper()
+	reflect.ValueOf(data).Elem().SetZero()
 	a := p.get(path, header...)
 	if a.code != 200 {
 		p.t.Fatalf("%s: %d %s %s", path, a.code, a.reason, a.body)
