@@ -388,7 +388,7 @@ func (s *Store) take(c *change) *batch {
 // crowd is what Run knows of those who push again and again, as soon as they have an
 // answer.
 type crowd struct {
-	size  int           // how many were stored together last, and waited then
+	size  int           // how many were stored together, and waited then, at the most
 	flush time.Duration // how long it takes to store some, on the average
 	timer *time.Timer
 	// alone is how often it is not waited for after the last wait in vain, skipped how often
@@ -437,9 +437,9 @@ func (s *Store) gather() {
 		// Those who pause between their pushes meet by chance. To wait for them costs up to a
 		// millisecond: where nothing else is to be done, timers are no finer.
 		s.crowd.alone = min(2*s.crowd.alone+1, maxAlone)
+		s.crowd.size = 0 // who does not come now is not waited for again
 	}
 	s.crowd.skipped = 0
-	s.crowd.size = 0 // who does not come now is not waited for again
 }
 
 // step is an applied change of one group, to be stored or undone.
@@ -523,11 +523,12 @@ func (s *Store) storeNext() bool {
 	ended := s.batches[:1]
 	if err == nil {
 		s.batches = s.batches[1:]
-		s.crowd.size = len(b.changes)
+		together := len(b.changes)
 		if len(s.batches) > 0 {
-			s.crowd.size += len(s.batches[0].changes)
+			together += len(s.batches[0].changes)
 		}
-		s.crowd.size = min(s.crowd.size, maxBatch)
+		// Some are between an answer and their next push, and not seen: more were there before.
+		s.crowd.size = min(max(s.crowd.size, together), maxBatch)
 		for _, m := range marks {
 			s.spools.note(m)
 		}

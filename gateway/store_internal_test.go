@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"errors"
+	"log/slog"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,7 +20,7 @@ func TestGather(t *testing.T) {
 				if comes && len(s.wake) == 0 {
 					s.wake <- struct{}{}
 				}
-				if s.gather(); s.crowd.size == 0 {
+				if s.gather(); s.crowd.skipped == 0 {
 					waits++
 				}
 			}
@@ -31,6 +32,31 @@ func TestGather(t *testing.T) {
 		gather(2*maxAlone, true)
 		if n := gather(100, true); n != 100 {
 			t.Errorf("of 100 times that others came, they were waited for %d times", n)
+		}
+	})
+}
+
+// Who has not come back yet when a batch is stored is not forgotten, but by a wait in vain.
+func TestCrowd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStore(StoreConfig{Logger: slog.New(slog.DiscardHandler)})
+		store := func(pushers int) {
+			t.Helper()
+			for range pushers {
+				s.places.Acquire(t.Context(), 1)
+				s.take(&change{match: func(Key) bool { return false }})
+			}
+			if !s.storeNext() {
+				t.Fatal("nothing was stored")
+			}
+		}
+		store(8)
+		if store(5); s.crowd.size != 8 {
+			t.Errorf("after 8 and 5 together the crowd is %d", s.crowd.size)
+		}
+		s.crowd.flush = time.Millisecond
+		if store(5); s.crowd.size != 5 {
+			t.Errorf("after a wait for 8, of which 5 came, the crowd is %d", s.crowd.size)
 		}
 	})
 }
