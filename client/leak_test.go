@@ -2,6 +2,8 @@ package main
 
 import (
 	"os"
+	"os/signal"
+	"syscall"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -17,6 +19,13 @@ func TestMain(m *testing.M) {
 	if child := children[os.Getenv(childName)]; child != nil {
 		child()
 		return
+	}
+	// Under nohup, or behind a shell's &, these are ignored, by children too unless somebody
+	// takes them. What the children do with them is tested.
+	for _, s := range []os.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT} {
+		if signal.Ignored(s) {
+			signal.Notify(make(chan os.Signal, 1), s)
+		}
 	}
 	goleak.VerifyTestMain(m)
 }
