@@ -187,8 +187,8 @@ func (r *Record) UnmarshalBinary(data []byte) error {
 }
 
 // AppendRepeat appends what sets a record that Repeats apart from the one before: the
-// time of the push and the values of all samples, in the order of the record, as 8 bytes
-// each, little-endian.
+// time of the push and the values of all families, in the order of the record, as 8 bytes
+// each, little-endian. A family's are those of prepared.values.
 func (r *Record) AppendRepeat(out []byte) []byte {
 	out = binary.LittleEndian.AppendUint64(out, uint64(r.state.pushed))
 	for i, n := range r.state.image.order {
@@ -206,40 +206,34 @@ func ApplyRepeat(record, repeat []byte) (next []byte, err error) {
 	if len(repeat)%8 != 0 || len(repeat) == 0 {
 		return nil, mismatch
 	}
-	pushed, values := binary.LittleEndian.Uint64(repeat), repeat[8:]
+	pushed, values := binary.LittleEndian.Uint64(repeat), make([]float64, 0, len(repeat)/8-1)
+	for repeat = repeat[8:]; len(repeat) > 0; repeat = repeat[8:] {
+		values = append(values, math.Float64frombits(binary.LittleEndian.Uint64(repeat)))
+	}
 	next = make([]byte, 0, len(record)+8)
+	var family []byte
 	for len(record) > 0 {
-		field, _, n := protowire.ConsumeField(record)
+		field, _, content, n := cutField(record)
 		if n < 0 {
 			return nil, protowire.ParseError(n)
 		}
-		whole := record[:n]
-		record = record[n:]
-		switch {
-		case field == recordPushed:
+		switch field {
+		case recordPushed:
 			next = protowire.AppendVarint(protowire.AppendTag(next, recordPushed, protowire.VarintType), pushed)
-			continue
-		case field == recordAge:
-			continue // it is as new as all of the push
-		}
-		next = append(next, whole...)
-		if field != recordFamily {
-			continue
-		}
-		content, _ := protowire.ConsumeBytes(next[len(next)-n+protowire.SizeTag(recordFamily):])
-		for len(content) > 0 {
-			part, kind, n := protowire.ConsumeField(content)
-			if n < 0 {
-				return nil, protowire.ParseError(n)
+		case recordAge: // it is as new as all of the push
+		case recordFamily:
+			var left []float64
+			var ok bool
+			family, left, ok = appendProtoValues(family[:0], content, values)
+			if !ok {
+				return nil, mismatch
 			}
-			if part == metricField && kind == protowire.BytesType {
-				if len(values) < 8 || n < 12 {
-					return nil, mismatch
-				}
-				values = values[copy(content[n-8:n], values[:8]):]
-			}
-			content = content[n:]
+			values = left
+			next = protowire.AppendBytes(protowire.AppendTag(next, recordFamily, protowire.BytesType), family)
+		default:
+			next = append(next, record[:n]...)
 		}
+		record = record[n:]
 	}
 	if len(values) > 0 {
 		return nil, mismatch

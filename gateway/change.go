@@ -151,7 +151,7 @@ func (s *Store) edit(e *edit) (*step, error) {
 	}
 	next := s.build(g.key, g.afterPush(e), families, s.config.Now())
 	if e.aggregate == nil && len(families) == len(pushed.families) {
-		next.image.setLayout(e.layout, pushed.order)
+		next.image.setLayout(e.layout, pushed.places)
 	}
 	st := &step{group: g, old: g.state, new: next, created: !exists}
 	s.install(g, next)
@@ -243,7 +243,7 @@ func (s *Store) build(key Key, st state, families []prepared, now time.Time) sta
 func (s *Store) rebuild(g *group, next state, now time.Time) state {
 	next = s.build(g.key, next, withoutGenerated(g.image), now)
 	if g.image != nil && !next.expired {
-		next.image.setLayout(g.image.layout, slices.DeleteFunc(slices.Clone(g.image.order), func(n uint16) bool { return n == noValue }))
+		next.image.setLayout(g.image.layout, g.image.pushedPlaces())
 	}
 	return next
 }

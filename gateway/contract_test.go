@@ -32,7 +32,7 @@ import (
 const protobufType = "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited"
 
 // delimited encodes families that are given in protobuf's text form.
-func delimited(t *testing.T, families ...string) string {
+func delimited(t testing.TB, families ...string) string {
 	t.Helper()
 	var out bytes.Buffer
 	for _, text := range families {

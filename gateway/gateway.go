@@ -173,10 +173,17 @@ func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string)
 		e.key = key
 		g.received(&e)
 		format := formatOf(r.Header.Get("Content-Type"))
-		if format == formatText && e.aggregate == nil {
-			e.layout, e.values = layoutOf(body)
-			if g.store.hasLayout(key, e.layout) {
+		var values []float64
+		if e.aggregate == nil {
+			e.layout, values = format.layoutOf(body)
+		}
+		again := false // the last push had this layout
+		if e.layout.values > 0 {
+			last, at := g.store.layoutOf(key)
+			again = last == e.layout && at.order == nil
+			if last == e.layout && len(at.order) > 0 && at.fit(values) {
 				read.parsed()
+				e.values = values
 				err := g.do(w, r, &change{id: id, edits: []edit{e}})
 				if err != errNewLayout {
 					return err
@@ -184,20 +191,22 @@ func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string)
 				if err := read.enter(r); err != nil {
 					return err
 				}
+				e.values = nil
 			}
-			e.values = nil
 		}
 		plain := false
 		if format == formatText {
 			e.pushed, plain = encodePlain(key, body, unixNano(e.at))
 		}
 		if !plain {
-			e.layout = layout{}
 			families, err := format.parse(body)
 			if err != nil {
 				return badRequest{fmt.Errorf("the body of %s: %w", what(), err)}
 			}
 			e.pushed, e.reasons = prepare(key, families, unixNano(e.at))
+			if again && len(e.reasons) == 0 {
+				e.pushed.places = format.placesIn(body, values, key, e.pushed.families)
+			}
 		}
 		g.refuseOwn(&e)
 		read.parsed()

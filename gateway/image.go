@@ -1,10 +1,10 @@
 package gateway
 
 import (
-	"cmp"
 	"iter"
 	"math"
 	"slices"
+	"sort"
 	"strings"
 	"unique"
 )
@@ -15,7 +15,7 @@ import (
 // images before and after.
 type image struct {
 	*frame
-	values []float64 // of the series of plain families
+	values []float64 // of all families: prepared.values
 	pushed int64     // when the pushed families came, in Unix nanoseconds
 	times  []int64   // the same of each family, nil: they came together
 }
@@ -25,21 +25,21 @@ type frame struct {
 	parts  []extent // sorted by name
 	hashes []uint64 // of the series of all families
 	data   []byte   // of all families: prepared.text and prepared.proto
-	// layout is that of the last push where it brought all pushed families. order then
-	// tells for each series which value of the body it has.
+	// layout is that of the last push where it brought all pushed families. places then
+	// tells where in the body the values stand, noValue of what the gateway itself says.
 	layout layout
-	order  []uint16
+	places
 }
 
-// noValue is in order for series of the gateway itself.
 const noValue = math.MaxUint16
 
 // extent is a family in a frame, up to where the next one starts.
 type extent struct {
-	meta  unique.Handle[meta]
-	first uint32 // of its series
-	start uint32 // in the data
-	proto uint32 // so many bytes at its end are prepared.proto, 0: it is plain
+	meta   unique.Handle[meta]
+	first  uint32 // of its series
+	values uint32 // the first of them
+	start  uint32 // in the data
+	proto  uint32 // so many bytes at its end are prepared.proto
 }
 
 func (p extent) name() string { return p.meta.Value().name }
@@ -58,20 +58,20 @@ func imageSize(families []prepared) (size int64) {
 
 // newImage builds an image of at most maxImage bytes of families, sorted by name.
 func newImage(families []prepared) *image {
-	size, series, plain := 0, 0, false
+	size, series, values := 0, 0, 0
 	for _, p := range families {
 		size += len(p.text) + len(p.proto)
 		series += len(p.series)
-		plain = plain || p.plain()
+		values += len(p.values)
 	}
-	im := &image{frame: &frame{parts: make([]extent, 0, len(families)), hashes: make([]uint64, 0, series), data: make([]byte, 0, size)}}
-	if plain {
-		im.values = make([]float64, series)
+	im := &image{
+		frame:  &frame{parts: make([]extent, 0, len(families)), hashes: make([]uint64, 0, series), data: make([]byte, 0, size)},
+		values: make([]float64, 0, values),
 	}
 	for _, p := range families {
-		copy(im.values[min(len(im.hashes), len(im.values)):], p.values)
-		im.parts = append(im.parts, extent{p.meta, uint32(len(im.hashes)), uint32(len(im.data)), uint32(len(p.proto))})
+		im.parts = append(im.parts, extent{p.meta, uint32(len(im.hashes)), uint32(len(im.values)), uint32(len(im.data)), uint32(len(p.proto))})
 		im.hashes = append(im.hashes, p.series...)
+		im.values = append(im.values, p.values...)
 		im.data = append(append(im.data, p.text...), p.proto...)
 		if !isGenerated(p.name()) {
 			im.pushed = max(im.pushed, p.pushed)
@@ -86,21 +86,32 @@ func newImage(families []prepared) *image {
 	return im
 }
 
-// setLayout notes that the pushed families came in a body of that layout; order tells for
-// their series which value of the body each has. It is called before the image is used.
-func (im *image) setLayout(of layout, order []uint16) {
+// setLayout notes that the pushed families came in a body of that layout, and where in it
+// their values stand. It is called before the image is used.
+func (im *image) setLayout(of layout, at places) {
 	if of.values == 0 {
 		return
 	}
-	im.layout, im.order = of, make([]uint16, 0, len(im.hashes))
+	im.layout, im.places = of, at
+	if len(at.order) == 0 {
+		return
+	}
+	im.order = make([]uint16, 0, len(im.values))
 	for _, b := range im.blocks() {
 		if isGenerated(b.name()) {
 			im.order = append(im.order, noValue)
 			continue
 		}
-		im.order = append(im.order, order[:len(b.series)]...)
-		order = order[len(b.series):]
+		im.order = append(im.order, at.order[:len(b.values)]...)
+		at.order = at.order[len(b.values):]
 	}
+}
+
+// pushedPlaces returns the places that setLayout was called with.
+func (im *image) pushedPlaces() places {
+	at := im.places
+	at.order = slices.DeleteFunc(slices.Clone(at.order), func(n uint16) bool { return n == noValue })
+	return at
 }
 
 // blocks returns the families, and their numbers.
@@ -119,7 +130,7 @@ func (im *image) blocks() iter.Seq2[int, prepared] {
 
 // block returns a family as it was prepared. Its memory is the image's.
 func (im *image) block(i int) prepared {
-	from, first, end := im.parts[i], im.parts[i].first, extent{first: uint32(len(im.hashes)), start: uint32(len(im.data))}
+	from, first, end := im.parts[i], im.parts[i].first, extent{first: uint32(len(im.hashes)), values: uint32(len(im.values)), start: uint32(len(im.data))}
 	if i+1 < len(im.parts) {
 		end = im.parts[i+1]
 	}
@@ -127,8 +138,9 @@ func (im *image) block(i int) prepared {
 	b := prepared{meta: from.meta, series: im.hashes[first:end.first:end.first], text: im.data[from.start:behind:behind], pushed: im.pushed}
 	if from.proto > 0 {
 		b.proto = im.data[behind:end.start:end.start]
-	} else {
-		b.values = im.values[first:end.first:end.first]
+	}
+	if from.values < end.values {
+		b.values = im.values[from.values:end.values:end.values]
 	}
 	if im.times != nil {
 		b.pushed = im.times[i]
@@ -162,9 +174,10 @@ func (im *image) find(name string) (b prepared, ok bool) {
 	return im.block(i), true
 }
 
-// familyOf returns the name of the family that the n-th series begins.
+// familyOf returns the name of the family that the n-th value is the first one of. Those
+// before it that have none are other ones.
 func (im *image) familyOf(n int) string {
-	i, _ := slices.BinarySearchFunc(im.parts, uint32(n), func(p extent, n uint32) int { return cmp.Compare(p.first, n) })
+	i := sort.Search(len(im.parts), func(i int) bool { return im.parts[i].values > uint32(n) }) - 1
 	return im.parts[i].name()
 }
 

@@ -36,32 +36,36 @@ type meta struct {
 	foreign bool
 }
 
-// prepared is one family of a push, labelled, checked and encoded for every way out.
-// It is plain where its series have a value and nothing else, and names by the legacy
-// rules: then it is kept as text, and most pushes replace its values alone.
+// prepared is one family of a push, labelled, checked and encoded for every way out. The
+// values of most families stand apart, and most pushes replace them alone; not where a
+// name is outside the legacy rules, or where a series has an exemplar or is a native
+// histogram. A family is plain where its series have such a value each and nothing else.
 type prepared struct {
 	meta   unique.Handle[meta]
 	series []uint64 // hashes of name and labels
 	// text is the series in text format 0.0.4, without HELP and TYPE, names outside
-	// the legacy rules escaped by underscores. Of a plain family it lacks the values: its
-	// lines end behind the blank.
-	text   []byte
-	values []float64 // of a plain family, else nil
-	// proto is the series as the repeated field "metric" of a MetricFamily; nil of a plain
-	// family.
+	// the legacy rules escaped by underscores. Where the values stand apart it lacks them:
+	// its lines end behind the blank.
+	text []byte
+	// values are those of the lines of the text, and behind them, of the series that tell
+	// it, when they were created: see createdValue. Nil: they stand in text and proto.
+	values []float64
+	// proto is the series as the repeated field "metric" of a MetricFamily, with zeros for
+	// values that stand apart; nil of a plain family.
 	proto  []byte
 	pushed int64 // Unix nanoseconds
 }
 
-func (p prepared) plain() bool { return p.proto == nil }
-
 // appendText appends the series in text format 0.0.4: see prepared.text.
 func (p prepared) appendText(out []byte) []byte {
-	if !p.plain() {
+	if p.values == nil {
 		return append(out, p.text...)
 	}
 	text := p.text
 	for _, value := range p.values {
+		if len(text) == 0 {
+			break
+		}
 		end := bytes.IndexByte(text, '\n')
 		out = append(appendFloat(append(out, text[:end]...), value), '\n')
 		text = text[end+1:]
@@ -71,8 +75,12 @@ func (p prepared) appendText(out []byte) []byte {
 
 // appendProto appends the series as the repeated field "metric" of a MetricFamily.
 func (p prepared) appendProto(out []byte) []byte {
-	if !p.plain() {
+	switch {
+	case p.values == nil:
 		return append(out, p.proto...)
+	case p.proto != nil:
+		out, _, _ = appendProtoValues(out, p.proto, p.values)
+		return out
 	}
 	kind, text := p.meta.Value().kind, p.text
 	var buf [16]plainLabel
@@ -170,8 +178,7 @@ func (p prepared) name() string { return p.meta.Value().name }
 type pushedFamilies struct {
 	families []prepared
 	dropped  []string
-	// order tells of a plain body which of its samples each series is.
-	order []uint16
+	places
 }
 
 // prepare forces the grouping labels onto the series of a push, checks what can be
@@ -258,7 +265,70 @@ func prepareFamily(key Key, forced []*dto.LabelPair, f *dto.MetricFamily, now in
 	if p.proto, err = encodeProto(f.Metric); err != nil {
 		return p, fmt.Errorf("metric %q: %w", name, err)
 	}
+	if !m.foreign {
+		p.setApart(f.Metric)
+	}
 	return p, nil
+}
+
+// setApart sets the values of a family apart, where they can be.
+func (p *prepared) setApart(series []*dto.Metric) {
+	proto, ok := withoutProtoValues(p.proto)
+	if !ok {
+		return
+	}
+	values := lineValues(series)
+	if len(values) != bytes.Count(p.text, []byte("\n")) {
+		return
+	}
+	p.text, p.proto, p.values = withoutValues(p.text), proto, appendCreated(values, series)
+}
+
+// lineValues returns the values of the lines that encodeText writes.
+func lineValues(series []*dto.Metric) (values []float64) {
+	for _, m := range series {
+		switch {
+		case m.Gauge != nil:
+			values = append(values, m.Gauge.GetValue())
+		case m.Counter != nil:
+			values = append(values, m.Counter.GetValue())
+		case m.Untyped != nil:
+			values = append(values, m.Untyped.GetValue())
+		case m.Summary != nil:
+			for _, q := range m.Summary.Quantile {
+				values = append(values, q.GetValue())
+			}
+			values = append(values, m.Summary.GetSampleSum(), float64(m.Summary.GetSampleCount()))
+		case m.Histogram != nil:
+			count, infinite := float64(m.Histogram.GetSampleCount()), false
+			for _, b := range m.Histogram.Bucket {
+				values = append(values, float64(b.GetCumulativeCount()))
+				infinite = infinite || math.IsInf(b.GetUpperBound(), +1)
+			}
+			if !infinite {
+				values = append(values, count)
+			}
+			values = append(values, m.Histogram.GetSampleSum(), count)
+		}
+	}
+	return values
+}
+
+// appendCreated appends when the series were created that tell it.
+func appendCreated(values []float64, series []*dto.Metric) []float64 {
+	for _, m := range series {
+		created := m.GetCounter().GetCreatedTimestamp()
+		switch {
+		case m.Summary != nil:
+			created = m.Summary.CreatedTimestamp
+		case m.Histogram != nil:
+			created = m.Histogram.CreatedTimestamp
+		}
+		if created != nil {
+			values = append(values, createdValue(created.AsTime().UnixNano()))
+		}
+	}
+	return values
 }
 
 // plainValues returns the values of series that have nothing beside; nil where one of

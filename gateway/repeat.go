@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"errors"
 	"hash/maphash"
+	"math"
+	"slices"
 	"sync"
 )
 
@@ -11,76 +13,176 @@ import (
 // neither parsed nor checked nor encoded anew: it replaces the values alone, which takes a
 // tenth of the time.
 
-// layout stands for all of a plain body in text format but its values: two bodies of one
-// layout have the same series. The zero layout is that of no body.
+// layout stands for all of a body but its values: two bodies of one layout have the same
+// series. The zero layout is that of no body.
 type layout struct {
 	hash   uint64 // of the body without its values
 	values int
 }
 
-// layoutSeed makes hashes that nobody outside can aim at. One in 2^64 pushes of an other
+// layoutSeeds make hashes that nobody outside can aim at. One in 2^64 pushes of an other
 // layout would be taken for the same one.
-var layoutSeed = maphash.MakeSeed()
+var layoutSeeds = [...]maphash.Seed{formatText: maphash.MakeSeed(), formatProtobuf: maphash.MakeSeed()}
 
-// maxValues bounds the values of a layout: image.order has 16 bits for each.
+// maxValues bounds the values of a layout: places.order has 16 bits for each.
 const maxValues = noValue
 
 var layoutBuffers = sync.Pool{New: func() any { return new([]byte) }}
 
-// layoutOf returns the layout of a body in text format 0.0.4 and its values, in the order
-// in which they stand there. It does not look at what else is in a line: a body means
-// what another one of its layout means that was parsed. A body that textEncoder doesn't
-// take has the zero layout, or one that nothing else has.
-func layoutOf(body []byte) (layout, []float64) {
+// layoutOf returns the layout of a body and its values, in the order in which they stand
+// there. It does not look at what else is in it: a body means what another one of its layout
+// means that was parsed. A body that has no layout, in OpenMetrics say, where whether it is
+// valid depends on the values, has the zero layout, or one that nothing else has.
+func (f format) layoutOf(body []byte) (layout, []float64) {
+	if f != formatText && f != formatProtobuf {
+		return layout{}, nil
+	}
 	buf := layoutBuffers.Get().(*[]byte)
 	defer layoutBuffers.Put(buf)
-	rest := (*buf)[:0]
 	values := make([]float64, 0, len(body)/48+1)
+	rest, ok := f.replaceValues((*buf)[:0], body, func(old float64) float64 {
+		values = append(values, old)
+		return 0
+	})
+	if cap(rest) <= smallBody {
+		*buf = rest
+	}
+	if !ok || len(values) > maxValues {
+		return layout{}, nil
+	}
+	return layout{maphash.Bytes(layoutSeeds[f], rest), len(values)}, values
+}
+
+// replaceValues appends a body with other values: value returns each, given the one that is
+// there. It returns false where a body has no layout.
+func (f format) replaceValues(out, body []byte, value func(old float64) float64) ([]byte, bool) {
+	if f == formatProtobuf {
+		r := rewriter{out: out, value: func(_ slot, old float64) float64 { return value(old) }}
+		ok := r.body(body)
+		return r.out, ok
+	}
 	copied := 0
 	for start := 0; start < len(body); {
 		end := bytes.IndexByte(body[start:], '\n')
 		if end < 0 {
-			return layout{}, nil
+			return out, false
 		}
 		end += start
+		if start < end && (body[start] == ' ' || body[start] == '\t') {
+			return out, false // a comment may stand behind it
+		}
 		if start < end && body[start] != '#' {
 			at := start + bytes.LastIndexByte(body[start:end], ' ') + 1
-			value, ok := plainFloat(body[at:end])
-			if !ok || len(values) == maxValues {
-				return layout{}, nil
+			old, ok := plainFloat(body[at:end])
+			if !ok {
+				return out, false
 			}
-			values = append(values, value)
-			rest = append(rest, body[copied:at]...)
+			out = appendFloat(append(out, body[copied:at]...), value(old))
 			copied = end
 		}
 		start = end + 1
 	}
-	rest = append(rest, body[copied:]...)
-	if cap(rest) <= smallBody {
-		*buf = rest
+	return append(out, body[copied:]...), true
+}
+
+// places tells where in a body the values of families stand, that of all one after the
+// other: those of a body of the same layout are taken from there.
+type places struct {
+	// order is which value of the body each is. Nil: it is not known yet; empty: it can't
+	// be told.
+	order []uint16
+	// counts are the values of the body that have to be exact counts.
+	counts []uint16
+}
+
+// fit reports whether the values of a body that have to be exact counts are.
+func (at places) fit(values []float64) bool {
+	return !slices.ContainsFunc(at.counts, func(n uint16) bool { return !isExactCount(values[n]) })
+}
+
+// firstNumber is above what bodies have at other places than those of values.
+const firstNumber = 1 << 40
+
+// placesIn finds out where in a body the values of families stand. The families were made of
+// it, and values are what layoutOf returned of it. It makes the same of a body that has in
+// place of each value its number, from firstNumber on.
+func (f format) placesIn(body []byte, values []float64, key Key, families []prepared) places {
+	unknown := places{order: []uint16{}}
+	number := float64(firstNumber - 1)
+	numbered, ok := f.replaceValues(make([]byte, 0, len(body)), body, func(float64) float64 {
+		number++
+		return number
+	})
+	if !ok {
+		return unknown
 	}
-	return layout{maphash.Bytes(layoutSeed, rest), len(values)}, values
+	parsed, err := f.parse(numbered)
+	if err != nil {
+		return unknown
+	}
+	numbers, reasons := prepare(key, parsed, 0)
+	if len(reasons) > 0 || !slices.EqualFunc(numbers.families, families, prepared.sameSeries) {
+		return unknown
+	}
+	at := places{order: make([]uint16, 0, len(values))}
+	for i, p := range numbers.families {
+		counts := p.countLines()
+		for j, number := range p.values {
+			n := int64(number) - firstNumber
+			if n < 0 || n >= int64(len(values)) || float64(n+firstNumber) != number || math.Float64bits(values[n]) != math.Float64bits(families[i].values[j]) {
+				return unknown
+			}
+			at.order = append(at.order, uint16(n))
+			if counts != nil && counts[j] {
+				at.counts = append(at.counts, uint16(n))
+			}
+		}
+	}
+	return at
+}
+
+// sameSeries reports whether two families are the same in all but values and times, and
+// the values stand apart.
+func (p prepared) sameSeries(o prepared) bool {
+	return p.meta == o.meta && p.values != nil && len(p.values) == len(o.values) &&
+		slices.Equal(p.series, o.series) && bytes.Equal(p.text, o.text) && bytes.Equal(p.proto, o.proto)
+}
+
+// countLines tells of each value of a summary or a histogram whether it has to be an exact
+// count. It returns nil for other families.
+func (p prepared) countLines() []bool {
+	m := p.meta.Value()
+	if len(suffixes[m.kind]) == 0 {
+		return nil
+	}
+	counts, n := make([]bool, len(p.values)), 0
+	for line := range bytes.Lines(p.text) {
+		suffix := line[len(m.name):]
+		counts[n] = bytes.HasPrefix(suffix, []byte("_bucket{")) || bytes.HasPrefix(suffix, []byte("_count{"))
+		n++
+	}
+	return counts
 }
 
 // errNewLayout: the group is no longer of the layout that a push of values is for.
 var errNewLayout = errors.New("the group has other series now")
 
-// hasLayout reports whether the group of that key has the series that a body of the
-// layout would bring, and no others.
-func (s *Store) hasLayout(key Key, of layout) bool {
-	if of.values == 0 {
-		return false
-	}
+// layoutOf returns the layout of the last push to the group of that key, the zero layout
+// where it did not bring all that the group has; and where the values stand in it.
+func (s *Store) layoutOf(key Key) (layout, places) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	g := s.get(key)
-	return g != nil && g.image.layout == of
+	if g == nil {
+		return layout{}, places{}
+	}
+	return g.image.layout, g.image.places
 }
 
 // repeat makes an edit that brings the values of a layout. What other groups have does
 // not matter: the series are there already.
 func (s *Store) repeat(g *group, e *edit) (*step, error) {
-	if g == nil || g.image.layout != e.layout {
+	if g == nil || g.image.layout != e.layout || len(g.image.order) == 0 || !g.image.fit(e.values) {
 		return nil, errNewLayout
 	}
 	next := g.afterPush(e)

@@ -556,7 +556,7 @@ func (st step) maxSize() int {
 	size := 2*len(st.group.id) + 64
 	for _, b := range st.new.image.blocks() {
 		m := b.meta.Value()
-		size += len(m.name) + len(m.help) + len(m.unit) + max(len(b.proto), 2*len(b.text)+32*len(b.series)) + 64
+		size += len(m.name) + len(m.help) + len(m.unit) + max(len(b.proto)+32*len(b.values), 2*len(b.text)+32*len(b.series)) + 64
 	}
 	return s2.MaxEncodedLen(size) + st.keySize()
 }

@@ -1,0 +1,378 @@
+package gateway
+
+import (
+	"encoding/binary"
+	"iter"
+	"math"
+
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+// Messages of io.prometheus.client are rewritten with other values as they are, without
+// building messages of them: that takes a tenth of the time.
+
+// slot is what a value in a message is.
+type slot int
+
+const (
+	slotValue   slot = iota // of a counter, a gauge, an untyped series, or a quantile
+	slotBucket              // observations up to the bucket's bound
+	slotSum                 // of the observations
+	slotCount               // of the observations
+	slotCreated             // when the series was created: see createdValue
+)
+
+// maxCount is up to where a float64 has all counts.
+const maxCount = 1 << 53
+
+// createdValue returns Unix nanoseconds as a value: their bits, since a float64 doesn't
+// have all of them.
+func createdValue(nanos int64) float64 { return math.Float64frombits(uint64(nanos)) }
+
+// rewriting is what happens to a field.
+type rewriting int
+
+const (
+	refused rewriting = iota
+	copied
+	entered // the message in it is rewritten
+	valued  // it gets another value
+)
+
+// field is what happens to the field of a message.
+type field struct {
+	what rewriting
+	wire protowire.Type
+	in   *fields // of the message in it
+	slot slot
+}
+
+// fields are the fields of a message, by their numbers. One that is not there is refused:
+// exemplars, native histograms, counts that are floats, times of samples, and whatever a
+// newer version of the format adds.
+type fields [16]field
+
+var (
+	familyFields = &fields{
+		1:           {what: copied, wire: protowire.BytesType},  // name
+		2:           {what: copied, wire: protowire.BytesType},  // help
+		3:           {what: copied, wire: protowire.VarintType}, // type
+		metricField: {what: entered, wire: protowire.BytesType, in: metricFields},
+		5:           {what: copied, wire: protowire.BytesType}, // unit
+	}
+	metricFields = &fields{
+		1:              {what: copied, wire: protowire.BytesType}, // label
+		2:              {what: entered, wire: protowire.BytesType, in: valueFields},
+		3:              {what: entered, wire: protowire.BytesType, in: counterFields},
+		4:              {what: entered, wire: protowire.BytesType, in: summaryFields},
+		5:              {what: entered, wire: protowire.BytesType, in: valueFields},
+		histogramField: {what: entered, wire: protowire.BytesType, in: histogramFields},
+	}
+	valueFields = &fields{ // of a gauge or an untyped series
+		1: {what: valued, wire: protowire.Fixed64Type, slot: slotValue},
+	}
+	counterFields = &fields{
+		1: {what: valued, wire: protowire.Fixed64Type, slot: slotValue},
+		3: {what: valued, wire: protowire.BytesType, slot: slotCreated},
+	}
+	summaryFields = &fields{
+		1:             {what: valued, wire: protowire.VarintType, slot: slotCount},
+		2:             {what: valued, wire: protowire.Fixed64Type, slot: slotSum},
+		quantileField: {what: entered, wire: protowire.BytesType, in: quantileFields},
+		4:             {what: valued, wire: protowire.BytesType, slot: slotCreated},
+	}
+	quantileFields = &fields{
+		1: {what: copied, wire: protowire.Fixed64Type}, // quantile
+		2: {what: valued, wire: protowire.Fixed64Type, slot: slotValue},
+	}
+	histogramFields = &fields{
+		1:           {what: valued, wire: protowire.VarintType, slot: slotCount},
+		2:           {what: valued, wire: protowire.Fixed64Type, slot: slotSum},
+		bucketField: {what: entered, wire: protowire.BytesType, in: bucketFields},
+		15:          {what: valued, wire: protowire.BytesType, slot: slotCreated},
+	}
+	bucketFields = &fields{
+		1:          {what: valued, wire: protowire.VarintType, slot: slotBucket},
+		boundField: {what: copied, wire: protowire.Fixed64Type},
+	}
+)
+
+// Numbers of fields: of histogram in a Metric, of bucket in a Histogram, of upper_bound in a
+// Bucket, and of quantile in a Summary.
+const histogramField, bucketField, boundField, quantileField = 7, 3, 2, 3
+
+// rewriter writes messages with other values.
+type rewriter struct {
+	out []byte
+	// value returns the new value of a slot, given the one that is there.
+	value func(of slot, old float64) float64
+	// series is called with each Metric before its values, nil: it isn't.
+	series func(metric []byte)
+}
+
+// body rewrites a body of delimited messages. It returns false where something is refused.
+func (r *rewriter) body(body []byte) bool {
+	for len(body) > 0 {
+		message, n := protowire.ConsumeBytes(body)
+		if n < 0 {
+			return false
+		}
+		body = body[n:]
+		r.out = append(r.out, 0)
+		start := len(r.out)
+		if !r.message(message, familyFields) {
+			return false
+		}
+		r.setLength(start)
+	}
+	return true
+}
+
+// message rewrites the content of a message. It returns false where something is refused.
+func (r *rewriter) message(content []byte, of *fields) bool {
+	for len(content) > 0 {
+		number, wire, n := protowire.ConsumeTag(content)
+		if n < 0 || int(number) >= len(of) || of[number].what == refused || of[number].wire != wire {
+			return false
+		}
+		f, tag := &of[number], content[:n]
+		size := protowire.ConsumeFieldValue(number, wire, content[n:])
+		if size < 0 {
+			return false
+		}
+		value := content[n : n+size]
+		content = content[n+size:]
+		r.out = append(r.out, tag...)
+		switch f.what {
+		case copied:
+			r.out = append(r.out, value...)
+		case entered:
+			message, _ := protowire.ConsumeBytes(value)
+			if f.in == metricFields && r.series != nil {
+				r.series(message)
+			}
+			r.out = append(r.out, 0)
+			start := len(r.out)
+			if !r.message(message, f.in) {
+				return false
+			}
+			r.setLength(start)
+		case valued:
+			if !r.put(f, value) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// put writes the new value of a field. It returns false where the old one is refused.
+func (r *rewriter) put(f *field, old []byte) bool {
+	switch f.wire {
+	case protowire.Fixed64Type:
+		value := r.value(f.slot, math.Float64frombits(binary.LittleEndian.Uint64(old)))
+		r.out = binary.LittleEndian.AppendUint64(r.out, math.Float64bits(value))
+	case protowire.VarintType:
+		count, _ := protowire.ConsumeVarint(old)
+		if count > maxCount {
+			return false
+		}
+		value := r.value(f.slot, float64(count))
+		r.out = protowire.AppendVarint(r.out, uint64(value))
+		return isExactCount(value)
+	default:
+		message, _ := protowire.ConsumeBytes(old)
+		nanos, ok := readTime(message)
+		if !ok {
+			return false
+		}
+		r.out = append(r.out, 0)
+		start := len(r.out)
+		r.out, ok = appendTime(r.out, int64(math.Float64bits(r.value(f.slot, createdValue(nanos)))))
+		r.setLength(start)
+		return ok
+	}
+	return true
+}
+
+// setLength writes the length of what begins at start into the byte in front of it, and
+// makes room where it takes more.
+func (r *rewriter) setLength(start int) {
+	n := len(r.out) - start
+	if n < 0x80 {
+		r.out[start-1] = byte(n)
+		return
+	}
+	more := protowire.SizeVarint(uint64(n)) - 1
+	r.out = append(r.out, make([]byte, more)...)
+	copy(r.out[start+more:], r.out[start:start+n])
+	protowire.AppendVarint(r.out[:start-1], uint64(n))
+}
+
+// maxSeconds bounds the times that fit into createdValue.
+const maxSeconds = math.MaxInt64/1_000_000_000 - 1
+
+// readTime reads a google.protobuf.Timestamp (1 seconds, 2 nanos) as Unix nanoseconds. It
+// returns false where those don't have it, or it is none.
+func readTime(message []byte) (nanos int64, ok bool) {
+	var parts [3]int64
+	for len(message) > 0 {
+		number, wire, n := protowire.ConsumeTag(message)
+		if n < 0 || number > 2 || wire != protowire.VarintType {
+			return 0, false
+		}
+		value, size := protowire.ConsumeVarint(message[n:])
+		if size < 0 {
+			return 0, false
+		}
+		parts[number], message = int64(value), message[n+size:]
+	}
+	if parts[1] < -maxSeconds || parts[1] > maxSeconds || parts[2] < 0 || parts[2] >= 1_000_000_000 {
+		return 0, false
+	}
+	return parts[1]*1_000_000_000 + parts[2], true
+}
+
+// appendTime appends the content of a google.protobuf.Timestamp. It returns false where
+// readTime would not take it.
+func appendTime(out []byte, nanos int64) ([]byte, bool) {
+	seconds, rest := nanos/1_000_000_000, nanos%1_000_000_000
+	if rest < 0 {
+		seconds, rest = seconds-1, rest+1_000_000_000
+	}
+	if seconds != 0 {
+		out = protowire.AppendVarint(protowire.AppendTag(out, 1, protowire.VarintType), uint64(seconds))
+	}
+	if rest != 0 {
+		out = protowire.AppendVarint(protowire.AppendTag(out, 2, protowire.VarintType), uint64(rest))
+	}
+	return out, seconds >= -maxSeconds && seconds <= maxSeconds
+}
+
+// isExactCount reports whether a value is a count that a float64 has exactly.
+func isExactCount(v float64) bool {
+	return v >= 0 && v <= maxCount && v == math.Trunc(v) && !math.Signbit(v)
+}
+
+// withoutProtoValues returns series, as in prepared.proto, with zeros for values; false
+// where something is refused.
+func withoutProtoValues(series []byte) ([]byte, bool) {
+	r := rewriter{out: make([]byte, 0, len(series)), value: func(slot, float64) float64 { return 0 }}
+	ok := r.message(series, familyFields)
+	return r.out, ok
+}
+
+// appendProtoValues appends a family, or only its series, with other values: those of
+// the lines of its text, and behind them, of the series that tell it, when they were
+// created. It returns the values that are left, and false where they don't fit or something
+// is refused.
+func appendProtoValues(out, family []byte, values []float64) (written []byte, left []float64, ok bool) {
+	lines := 0
+	for number, metric := range fieldsOf(family) {
+		if number == metricField {
+			lines += linesOf(metric)
+		}
+	}
+	if lines > len(values) {
+		return out, values, false
+	}
+	created := values[lines:]
+	values = values[:lines]
+	var line []float64 // of the series
+	ok = true
+	take := func(from *[]float64) (v float64) {
+		if len(*from) == 0 {
+			ok = false
+			return 0
+		}
+		v, *from = (*from)[0], (*from)[1:]
+		return v
+	}
+	var last, sum float64
+	r := rewriter{
+		out: out,
+		series: func(metric []byte) {
+			n := linesOf(metric)
+			line, values = values[:n:n], values[n:]
+			if n > 1 {
+				sum, last = line[n-2], line[n-1]
+			}
+		},
+		value: func(of slot, _ float64) float64 {
+			switch of {
+			case slotSum:
+				return sum
+			case slotCount:
+				return last
+			case slotCreated:
+				return take(&created)
+			}
+			return take(&line)
+		},
+	}
+	rewritten := r.message(family, familyFields)
+	return r.out, created, ok && rewritten
+}
+
+// linesOf returns how many lines the text of a Metric has.
+func linesOf(metric []byte) (lines int) {
+	for number, content := range fieldsOf(metric) {
+		switch number {
+		case 2, 3, 5:
+			lines++
+		case 4:
+			lines += 2 // sum and count
+			for inner := range fieldsOf(content) {
+				if inner == quantileField {
+					lines++
+				}
+			}
+		case histogramField:
+			lines += 3 // the bucket of all observations too
+			infinite := false
+			for inner, bucket := range fieldsOf(content) {
+				if inner == bucketField {
+					lines++
+					infinite = infinite || isInfinite(bucket)
+				}
+			}
+			if infinite {
+				lines--
+			}
+		}
+	}
+	return lines
+}
+
+// isInfinite reports whether a Bucket is for all observations.
+func isInfinite(bucket []byte) bool {
+	for len(bucket) > 0 {
+		number, wire, n := protowire.ConsumeTag(bucket)
+		if n < 0 {
+			break
+		}
+		size := protowire.ConsumeFieldValue(number, wire, bucket[n:])
+		if size < 0 {
+			break
+		}
+		if number == boundField && wire == protowire.Fixed64Type && math.IsInf(math.Float64frombits(binary.LittleEndian.Uint64(bucket[n:])), +1) {
+			return true
+		}
+		bucket = bucket[n+size:]
+	}
+	return false
+}
+
+// fieldsOf returns the numbers of a message's fields, and their content where that is bytes,
+// up to the first field that can't be read.
+func fieldsOf(message []byte) iter.Seq2[protowire.Number, []byte] {
+	return func(yield func(protowire.Number, []byte) bool) {
+		for len(message) > 0 {
+			number, _, content, n := cutField(message)
+			if n < 0 || !yield(number, content) {
+				return
+			}
+			message = message[n:]
+		}
+	}
+}
