@@ -147,71 +147,73 @@ func (g *Gateway) answer(w http.ResponseWriter, handler string, success int, f f
 // ServePush answers PUT and POST of a group. rest is what follows /metrics/job in
 // the path, percent-decoded.
 func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string) {
-	g.answer(w, "push", http.StatusOK, func() error {
-		id, err := g.identify(w, r)
-		if err != nil {
-			return err
-		}
-		key, err := ParsePath(rest)
-		if err != nil {
-			return badRequest{err}
-		}
-		if err := allowed(r.Context(), key); err != nil {
-			return err
-		}
-		e, err := g.editOf(r, id)
-		if err != nil {
-			return badRequest{err}
-		}
-		what := func() string { return "the push to " + key.String() }
-		read, err := g.readBody(w, r, what)
-		if err != nil {
-			return err
-		}
-		defer read.release()
-		body := read.content
-		e.key = key
-		g.received(&e)
-		format := formatOf(r.Header.Get("Content-Type"))
-		var values []float64
-		if e.aggregate == nil {
-			e.layout, values = format.layoutOf(body)
-		}
-		again := false // the last push had this layout
-		if e.layout.values > 0 {
-			last, at := g.store.layoutOf(key)
-			again = last == e.layout && at.order == nil
-			if last == e.layout && len(at.order) > 0 && at.fit(values) {
-				read.parsed()
-				e.values = values
-				err := g.do(w, r, &change{id: id, edits: []edit{e}})
-				if err != errNewLayout {
-					return err
-				}
-				if err := read.enter(r); err != nil {
-					return err
-				}
-				e.values = nil
+	g.answer(w, "push", http.StatusOK, func() error { return g.push(w, r, rest) })
+}
+
+func (g *Gateway) push(w http.ResponseWriter, r *http.Request, rest string) error {
+	id, err := g.identify(w, r)
+	if err != nil {
+		return err
+	}
+	key, err := ParsePath(rest)
+	if err != nil {
+		return badRequest{err}
+	}
+	if err := allowed(r.Context(), key); err != nil {
+		return err
+	}
+	e, err := g.editOf(r, id)
+	if err != nil {
+		return badRequest{err}
+	}
+	what := func() string { return "the push to " + key.String() }
+	read, err := g.readBody(w, r, what)
+	if err != nil {
+		return err
+	}
+	defer read.release()
+	body := read.content
+	e.key = key
+	g.received(&e)
+	format := formatOf(r.Header.Get("Content-Type"))
+	var values []float64
+	if e.aggregate == nil {
+		e.layout, values = format.layoutOf(body)
+	}
+	again := false // the last push had this layout
+	if e.layout.values > 0 {
+		last, at := g.store.layoutOf(key)
+		again = last == e.layout && at.order == nil
+		if last == e.layout && len(at.order) > 0 && at.fit(values) {
+			read.parsed()
+			e.values = values
+			err := g.do(w, r, &change{id: id, edits: []edit{e}})
+			if err != errNewLayout {
+				return err
 			}
-		}
-		plain := false
-		if format == formatText {
-			e.pushed, plain = encodePlain(key, body, unixNano(e.at))
-		}
-		if !plain {
-			families, err := format.parse(body)
-			if err != nil {
-				return badRequest{fmt.Errorf("the body of %s: %w", what(), err)}
+			if err := read.enter(r); err != nil {
+				return err
 			}
-			e.pushed, e.reasons = prepare(key, families, unixNano(e.at))
-			if again && len(e.reasons) == 0 {
-				e.pushed.places = format.placesIn(body, values, key, e.pushed.families)
-			}
+			e.values = nil
 		}
-		g.refuseOwn(&e)
-		read.parsed()
-		return g.do(w, r, &change{id: id, edits: []edit{e}})
-	})
+	}
+	plain := false
+	if format == formatText {
+		e.pushed, plain = encodePlain(key, body, unixNano(e.at))
+	}
+	if !plain {
+		families, err := format.parse(body)
+		if err != nil {
+			return badRequest{fmt.Errorf("the body of %s: %w", what(), err)}
+		}
+		e.pushed, e.reasons = prepare(key, families, unixNano(e.at))
+		if again && len(e.reasons) == 0 {
+			e.pushed.places = format.placesIn(body, values, key, e.pushed.families)
+		}
+	}
+	g.refuseOwn(&e)
+	read.parsed()
+	return g.do(w, r, &change{id: id, edits: []edit{e}})
 }
 
 // ServeDelete answers DELETE of a group; rest as for ServePush.
@@ -265,50 +267,52 @@ func (g *Gateway) ServeDeleteMatching(w http.ResponseWriter, r *http.Request, ma
 // themselves; a label that a series lacks, or has empty, is not part of its key.
 // All groups are changed, or none.
 func (g *Gateway) ServeBatch(w http.ResponseWriter, r *http.Request) {
-	g.answer(w, "batch", http.StatusOK, func() error {
-		id, err := g.identify(w, r)
-		if err != nil {
+	g.answer(w, "batch", http.StatusOK, func() error { return g.batch(w, r) })
+}
+
+func (g *Gateway) batch(w http.ResponseWriter, r *http.Request) error {
+	id, err := g.identify(w, r)
+	if err != nil {
+		return err
+	}
+	names, err := groupBy(r.URL.Query().Get("group_by"))
+	if err != nil {
+		return badRequest{err}
+	}
+	template, err := g.editOf(r, id)
+	if err != nil {
+		return badRequest{err}
+	}
+	body, err := g.readBody(w, r, func() string { return "the push" })
+	if err != nil {
+		return err
+	}
+	defer body.release()
+	g.received(&template)
+	families, err := formatOf(r.Header.Get("Content-Type")).parse(body.content)
+	if err != nil {
+		return badRequest{fmt.Errorf("the body of the push: %w", err)}
+	}
+	parts, err := splitByKey(families, names)
+	if err != nil {
+		return badRequest{err}
+	}
+	c := &change{id: id}
+	for _, p := range parts {
+		if err := allowed(r.Context(), p.key); err != nil {
 			return err
 		}
-		names, err := groupBy(r.URL.Query().Get("group_by"))
-		if err != nil {
-			return badRequest{err}
-		}
-		template, err := g.editOf(r, id)
-		if err != nil {
-			return badRequest{err}
-		}
-		body, err := g.readBody(w, r, func() string { return "the push" })
-		if err != nil {
-			return err
-		}
-		defer body.release()
-		g.received(&template)
-		families, err := formatOf(r.Header.Get("Content-Type")).parse(body.content)
-		if err != nil {
-			return badRequest{fmt.Errorf("the body of the push: %w", err)}
-		}
-		parts, err := splitByKey(families, names)
-		if err != nil {
-			return badRequest{err}
-		}
-		c := &change{id: id}
-		for _, p := range parts {
-			if err := allowed(r.Context(), p.key); err != nil {
-				return err
-			}
-			e := template
-			e.key = p.key
-			e.pushed, e.reasons = prepare(p.key, p.families, unixNano(e.at))
-			g.refuseOwn(&e)
-			c.edits = append(c.edits, e)
-		}
-		if err := g.do(w, r, c); err != nil {
-			return err
-		}
-		WriteAPI(w, map[string]int{"groups": len(c.edits)})
-		return nil
-	})
+		e := template
+		e.key = p.key
+		e.pushed, e.reasons = prepare(p.key, p.families, unixNano(e.at))
+		g.refuseOwn(&e)
+		c.edits = append(c.edits, e)
+	}
+	if err := g.do(w, r, c); err != nil {
+		return err
+	}
+	WriteAPI(w, map[string]int{"groups": len(c.edits)})
+	return nil
 }
 
 // editOf reads what the request says of its pushes beside the body.

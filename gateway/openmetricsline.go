@@ -4,7 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -182,7 +182,7 @@ func parseOpenMetricsLabels(line string, exemplar bool) (labels []*dto.LabelPair
 	rest = line
 	for {
 		if left, closed := strings.CutPrefix(rest, "}"); closed {
-			slices.SortStableFunc(labels, func(a, b *dto.LabelPair) int { return strings.Compare(*a.Name, *b.Name) })
+			sort.SliceStable(labels, func(i, j int) bool { return *labels[i].Name < *labels[j].Name })
 			return labels, name, left, nil
 		}
 		var label string

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"sort"
 	"strings"
 	"unicode/utf8"
 	"unique"
@@ -266,69 +267,11 @@ func prepareFamily(key Key, forced []*dto.LabelPair, f *dto.MetricFamily, now in
 		return p, fmt.Errorf("metric %q: %w", name, err)
 	}
 	if !m.foreign {
-		p.setApart(f.Metric)
+		if proto, values, ok := cutProtoValues(p.proto); ok {
+			p.text, p.proto, p.values = withoutValues(p.text), proto, values
+		}
 	}
 	return p, nil
-}
-
-// setApart sets the values of a family apart, where they can be.
-func (p *prepared) setApart(series []*dto.Metric) {
-	proto, ok := withoutProtoValues(p.proto)
-	if !ok {
-		return
-	}
-	values := lineValues(series)
-	if len(values) != bytes.Count(p.text, []byte("\n")) {
-		return
-	}
-	p.text, p.proto, p.values = withoutValues(p.text), proto, appendCreated(values, series)
-}
-
-// lineValues returns the values of the lines that encodeText writes.
-func lineValues(series []*dto.Metric) (values []float64) {
-	for _, m := range series {
-		switch {
-		case m.Gauge != nil:
-			values = append(values, m.Gauge.GetValue())
-		case m.Counter != nil:
-			values = append(values, m.Counter.GetValue())
-		case m.Untyped != nil:
-			values = append(values, m.Untyped.GetValue())
-		case m.Summary != nil:
-			for _, q := range m.Summary.Quantile {
-				values = append(values, q.GetValue())
-			}
-			values = append(values, m.Summary.GetSampleSum(), float64(m.Summary.GetSampleCount()))
-		case m.Histogram != nil:
-			count, infinite := float64(m.Histogram.GetSampleCount()), false
-			for _, b := range m.Histogram.Bucket {
-				values = append(values, float64(b.GetCumulativeCount()))
-				infinite = infinite || math.IsInf(b.GetUpperBound(), +1)
-			}
-			if !infinite {
-				values = append(values, count)
-			}
-			values = append(values, m.Histogram.GetSampleSum(), count)
-		}
-	}
-	return values
-}
-
-// appendCreated appends when the series were created that tell it.
-func appendCreated(values []float64, series []*dto.Metric) []float64 {
-	for _, m := range series {
-		created := m.GetCounter().GetCreatedTimestamp()
-		switch {
-		case m.Summary != nil:
-			created = m.Summary.CreatedTimestamp
-		case m.Histogram != nil:
-			created = m.Histogram.CreatedTimestamp
-		}
-		if created != nil {
-			values = append(values, createdValue(created.AsTime().UnixNano()))
-		}
-	}
-	return values
 }
 
 // plainValues returns the values of series that have nothing beside; nil where one of
@@ -476,6 +419,12 @@ func checkLabels(labels []*dto.LabelPair, kind dto.MetricType) (foreign bool, er
 
 func sameLabel(a, b *dto.LabelPair) bool {
 	return a.GetName() == b.GetName() && a.GetValue() == b.GetValue()
+}
+
+// SortSeries puts series in the order of an exposition. Those that CompareSeries takes for
+// equal stay in theirs.
+func SortSeries(series []*dto.Metric) {
+	sort.SliceStable(series, func(i, j int) bool { return compareSeries(series[i], series[j]) < 0 })
 }
 
 // CompareSeries orders series as an exposition of the Go client library has them.

@@ -63,6 +63,9 @@ func afterPushes(t *testing.T, path, contentType string, bodies ...string) (stat
 // one was taken for a repetition.
 func checkRepeat(t *testing.T, path, contentType, before, body string) bool {
 	t.Helper()
+	if _, status, _ := afterPushes(t, path, contentType, before); status != 200 {
+		return false // it leaves a failure time
+	}
 	want, status, _ := afterPushes(t, path, contentType, body)
 	got, again, repeats := afterPushes(t, path, contentType, before, before, body)
 	if again != status || status == 200 && got != want {

@@ -12,7 +12,7 @@ import (
 // building messages of them: that takes a tenth of the time.
 
 // slot is what a value in a message is.
-type slot int
+type slot int8
 
 const (
 	slotValue   slot = iota // of a counter, a gauge, an untyped series, or a quantile
@@ -30,7 +30,7 @@ const maxCount = 1 << 53
 func createdValue(nanos int64) float64 { return math.Float64frombits(uint64(nanos)) }
 
 // rewriting is what happens to a field.
-type rewriting int
+type rewriting int8
 
 const (
 	refused rewriting = iota
@@ -42,9 +42,9 @@ const (
 // field is what happens to the field of a message.
 type field struct {
 	what rewriting
+	slot slot
 	wire protowire.Type
 	in   *fields // of the message in it
-	slot slot
 }
 
 // fields are the fields of a message, by their numbers. One that is not there is refused:
@@ -76,10 +76,10 @@ var (
 		3: {what: valued, wire: protowire.BytesType, slot: slotCreated},
 	}
 	summaryFields = &fields{
-		1:             {what: valued, wire: protowire.VarintType, slot: slotCount},
-		2:             {what: valued, wire: protowire.Fixed64Type, slot: slotSum},
-		quantileField: {what: entered, wire: protowire.BytesType, in: quantileFields},
-		4:             {what: valued, wire: protowire.BytesType, slot: slotCreated},
+		1:           {what: valued, wire: protowire.VarintType, slot: slotCount},
+		2:           {what: valued, wire: protowire.Fixed64Type, slot: slotSum},
+		bucketField: {what: entered, wire: protowire.BytesType, in: quantileFields},
+		4:           {what: valued, wire: protowire.BytesType, slot: slotCreated},
 	}
 	quantileFields = &fields{
 		1: {what: copied, wire: protowire.Fixed64Type}, // quantile
@@ -97,17 +97,18 @@ var (
 	}
 )
 
-// Numbers of fields: of histogram in a Metric, of bucket in a Histogram, of upper_bound in a
-// Bucket, and of quantile in a Summary.
-const histogramField, bucketField, boundField, quantileField = 7, 3, 2, 3
+// Numbers of fields: of summary and histogram in a Metric, of bucket in a Histogram, which is
+// that of quantile in a Summary, and of upper_bound in a Bucket.
+const summaryField, histogramField, bucketField, boundField = 4, 7, 3, 2
 
 // rewriter writes messages with other values.
 type rewriter struct {
 	out []byte
 	// value returns the new value of a slot, given the one that is there.
 	value func(of slot, old float64) float64
-	// series is called with each Metric before its values, nil: it isn't.
-	series func(metric []byte)
+	// series is called with each Metric before its values, nil: it isn't. Where it returns
+	// false the message is refused.
+	series func(metric []byte) bool
 }
 
 // body rewrites a body of delimited messages. It returns false where something is refused.
@@ -148,8 +149,8 @@ func (r *rewriter) message(content []byte, of *fields) bool {
 			r.out = append(r.out, value...)
 		case entered:
 			message, _ := protowire.ConsumeBytes(value)
-			if f.in == metricFields && r.series != nil {
-				r.series(message)
+			if f.in == metricFields && r.series != nil && !r.series(message) {
+				return false
 			}
 			r.out = append(r.out, 0)
 			start := len(r.out)
@@ -254,94 +255,115 @@ func isExactCount(v float64) bool {
 	return v >= 0 && v <= maxCount && v == math.Trunc(v) && !math.Signbit(v)
 }
 
-// withoutProtoValues returns series, as in prepared.proto, with zeros for values; false
-// where something is refused.
-func withoutProtoValues(series []byte) ([]byte, bool) {
-	r := rewriter{out: make([]byte, 0, len(series)), value: func(slot, float64) float64 { return 0 }}
-	ok := r.message(series, familyFields)
-	return r.out, ok
+// lineValues are the values of a family in the order of prepared.values, while they are
+// read from its series or written into them.
+type lineValues struct {
+	lines, created []float64 // of the series that follow
+	series         []float64 // the lines of the current one: buckets or quantiles, sum, count
+	total          bool      // see linesOf
+	next           int       // of series
 }
 
-// appendProtoValues appends a family, or only its series, with other values: those of
-// the lines of its text, and behind them, of the series that tell it, when they were
-// created. It returns the values that are left, and false where they don't fit or something
-// is refused.
-func appendProtoValues(out, family []byte, values []float64) (written []byte, left []float64, ok bool) {
-	lines := 0
-	for number, metric := range fieldsOf(family) {
-		if number == metricField {
-			lines += linesOf(metric)
-		}
+// enter goes to the lines of the next series. It returns false where there are too few.
+func (v *lineValues) enter(metric []byte) bool {
+	var n int
+	if n, v.total = linesOf(metric); n > len(v.lines) {
+		return false
 	}
+	v.series, v.lines, v.next = v.lines[:n:n], v.lines[n:], 0
+	return true
+}
+
+// of returns the place of the next value of a slot, nil where there is none.
+func (v *lineValues) of(s slot) (place *float64) {
+	switch n := len(v.series); {
+	case s == slotCreated && len(v.created) > 0:
+		place, v.created = &v.created[0], v.created[1:]
+	case s == slotSum && n > 1:
+		place = &v.series[n-2]
+	case s == slotCount && n > 1:
+		place = &v.series[n-1]
+	case (s == slotValue || s == slotBucket) && v.next < n:
+		place = &v.series[v.next]
+		v.next++
+	}
+	return place
+}
+
+// cutProtoValues returns series, as in prepared.proto, with zeros for values, and these as
+// prepared.values has them; false where something is refused.
+func cutProtoValues(series []byte) (without []byte, values []float64, ok bool) {
+	values = make([]float64, linesOfAll(series))
+	var created []float64
+	v := lineValues{lines: values}
+	r := rewriter{out: make([]byte, 0, len(series)), series: v.enter, value: func(s slot, old float64) float64 {
+		if s == slotCreated {
+			created = append(created, old)
+		} else if place := v.of(s); place != nil {
+			*place = old
+		}
+		if s == slotCount && v.total {
+			v.series[len(v.series)-3] = old
+		}
+		return 0
+	}}
+	ok = r.message(series, familyFields)
+	return r.out, append(values, created...), ok
+}
+
+// appendProtoValues appends a family, or only its series, with the values in it replaced. It
+// returns the values that are left, and false where they don't fit or something is refused.
+func appendProtoValues(out, family []byte, values []float64) (written []byte, left []float64, ok bool) {
+	lines := linesOfAll(family)
 	if lines > len(values) {
 		return out, values, false
 	}
-	created := values[lines:]
-	values = values[:lines]
-	var line []float64 // of the series
-	ok = true
-	take := func(from *[]float64) (v float64) {
-		if len(*from) == 0 {
-			ok = false
+	v, fit := lineValues{lines: values[:lines], created: values[lines:]}, true
+	r := rewriter{out: out, series: v.enter, value: func(s slot, _ float64) float64 {
+		place := v.of(s)
+		if place == nil {
+			fit = false
 			return 0
 		}
-		v, *from = (*from)[0], (*from)[1:]
-		return v
-	}
-	var last, sum float64
-	r := rewriter{
-		out: out,
-		series: func(metric []byte) {
-			n := linesOf(metric)
-			line, values = values[:n:n], values[n:]
-			if n > 1 {
-				sum, last = line[n-2], line[n-1]
-			}
-		},
-		value: func(of slot, _ float64) float64 {
-			switch of {
-			case slotSum:
-				return sum
-			case slotCount:
-				return last
-			case slotCreated:
-				return take(&created)
-			}
-			return take(&line)
-		},
-	}
-	rewritten := r.message(family, familyFields)
-	return r.out, created, ok && rewritten
+		return *place
+	}}
+	ok = r.message(family, familyFields)
+	return r.out, v.created, ok && fit
 }
 
-// linesOf returns how many lines the text of a Metric has.
-func linesOf(metric []byte) (lines int) {
+// linesOfAll returns how many lines the text of a family has, given at least its series.
+func linesOfAll(family []byte) (lines int) {
+	for number, metric := range fieldsOf(family) {
+		if number == metricField {
+			n, _ := linesOf(metric)
+			lines += n
+		}
+	}
+	return lines
+}
+
+// linesOf returns how many lines the text of a Metric has; and total, whether one of them is
+// for a bucket of all observations that is not there.
+func linesOf(metric []byte) (lines int, total bool) {
 	for number, content := range fieldsOf(metric) {
 		switch number {
 		case 2, 3, 5:
 			lines++
-		case 4:
-			lines += 2 // sum and count
-			for inner := range fieldsOf(content) {
-				if inner == quantileField {
-					lines++
-				}
-			}
-		case histogramField:
-			lines += 3 // the bucket of all observations too
-			infinite := false
+		case summaryField, histogramField:
+			total = number == histogramField
 			for inner, bucket := range fieldsOf(content) {
-				if inner == bucketField {
+				if inner == bucketField { // the number of quantile in a Summary too
 					lines++
-					infinite = infinite || isInfinite(bucket)
+					total = total && !isInfinite(bucket)
 				}
 			}
-			if infinite {
-				lines--
+			if total {
+				lines++
 			}
+			lines += 2 // sum and count
 		}
 	}
-	return lines
+	return lines, total
 }
 
 // isInfinite reports whether a Bucket is for all observations.

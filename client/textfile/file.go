@@ -266,7 +266,7 @@ func complete(f *dto.MetricFamily) *failure {
 			}
 		}
 	}
-	slices.SortStableFunc(f.Metric, gateway.CompareSeries)
+	gateway.SortSeries(f.Metric)
 	f.Metric = slices.CompactFunc(f.Metric, func(a, b *dto.Metric) bool { return gateway.CompareSeries(a, b) == 0 })
 	return nil
 }

@@ -380,7 +380,7 @@ func (s *Snapshot) addOwn(found *problems, times []fileTime, took time.Duration)
 		if len(series) == 0 {
 			return
 		}
-		slices.SortFunc(series, gateway.CompareSeries)
+		gateway.SortSeries(series)
 		series = slices.CompactFunc(series, func(a, b *dto.Metric) bool { return gateway.CompareSeries(a, b) == 0 })
 		i, _ := searchFamily(s.others, name)
 		s.others = slices.Insert(s.others, i, &dto.MetricFamily{Name: &name, Help: &help, Type: dto.MetricType_GAUGE.Enum(), Metric: series})
@@ -461,7 +461,7 @@ func (s *Snapshot) families(d *seriesDecoder, yield func(*dto.MetricFamily) bool
 			first += p.series
 		}
 		if len(m.parts) > 1 || len(m.parts) > 0 && len(m.other) > 0 {
-			slices.SortStableFunc(metrics, gateway.CompareSeries)
+			gateway.SortSeries(metrics)
 		}
 		return len(metrics) == 0 || yield(m.family(metrics))
 	})
@@ -526,7 +526,7 @@ func Merge(sources ...[]*dto.MetricFamily) (families []*dto.MetricFamily, droppe
 	families = slices.SortedFunc(maps.Values(byName), func(a, b *dto.MetricFamily) int { return strings.Compare(a.GetName(), b.GetName()) })
 	for name := range seen {
 		metrics := slices.Clone(byName[name].Metric)
-		slices.SortStableFunc(metrics, gateway.CompareSeries)
+		gateway.SortSeries(metrics)
 		byName[name].Metric = metrics
 	}
 	return families, dropped
