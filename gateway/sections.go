@@ -82,6 +82,10 @@ const (
 	sectionBytes = 1 << 10
 	// manySections take some ten milliseconds to make.
 	manySections = 8
+	// pauses is for how many times as long as it took to make a section a scrape rests
+	// where something was pushed meanwhile, and maxPauses bounds that.
+	pauses    = 7
+	maxPauses = time.Second
 )
 
 // opensSection reports whether the group begins a section.
@@ -153,14 +157,22 @@ func (x *expositions) refresh(at *moment, format expfmt.Format) ([]*section, err
 		workers.Go(func() {
 			zw := x.zip.deflater()
 			defer x.zip.idle.Put(zw)
-			// While nothing is pushed all processors are free for this. Else one will do: what is
-			// pushed would wait for a processor at each of its steps.
+			// While nothing is pushed all processors are free for this. Else one will do, and not
+			// for most of the time: what is pushed would wait for a processor at each of its
+			// steps.
+			left := maxPauses
 			for worker == 0 || at.store.Changes() == at.change {
 				i := int(taken.Add(1)) - 1
 				if i >= len(outdated) {
 					break
 				}
+				start, change := time.Now(), at.store.Changes()
 				sections[outdated[i].place], errs[i] = at.encode(outdated[i].slots, format, zw)
+				if at.store.Changes() != change {
+					pause := min(pauses*time.Since(start), left)
+					left -= pause
+					time.Sleep(pause)
+				}
 			}
 		})
 	}

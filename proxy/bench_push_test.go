@@ -16,6 +16,10 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	promclient "github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+	"github.com/prometheus/common/expfmt"
 )
 
 // pushStoreUnderTest is a push store that BenchmarkPushStores measures.
@@ -26,23 +30,74 @@ type pushStoreUnderTest struct {
 	next      atomic.Int64
 }
 
-// pushedBodies are bodies of 50 series, one a metric, each with other values.
-var pushedBodies = func() (bodies [64]string) {
-	for n := range bodies {
-		var body strings.Builder
-		for i := range 50 {
-			fmt.Fprintf(&body, "# TYPE bench_metric_%02d gauge\nbench_metric_%02d{kind=\"value\"} %d\n", i, i, n)
+// payload is what is pushed in turn: bodies that differ in their values.
+type payload struct {
+	contentType string
+	bodies      [64][]byte
+}
+
+// payloadOf returns bodies of what is gathered from a registry that observe fills, as the Go
+// client library writes them in a format.
+func payloadOf(b *testing.B, format expfmt.FormatType, observe func(r promclient.Registerer, n int)) payload {
+	p := payload{contentType: string(expfmt.NewFormat(format))}
+	for n := range p.bodies {
+		registry := promclient.NewRegistry()
+		observe(registry, n)
+		families, err := registry.Gather()
+		if err != nil {
+			b.Fatal(err)
 		}
-		bodies[n] = body.String()
+		var body bytes.Buffer
+		encoder := expfmt.NewEncoder(&body, expfmt.NewFormat(format))
+		for _, f := range families {
+			if err := encoder.Encode(f); err != nil {
+				b.Fatal(err)
+			}
+		}
+		p.bodies[n] = body.Bytes()
 	}
-	return bodies
-}()
+	return p
+}
+
+// observeGauges makes 50 series, one a metric.
+func observeGauges(r promclient.Registerer, n int) {
+	for i := range 50 {
+		promauto.With(r).NewGauge(promclient.GaugeOpts{
+			Name: fmt.Sprintf("bench_metric_%02d", i), Help: "One of fifty metrics.", ConstLabels: promclient.Labels{"kind": "value"},
+		}).Set(float64(n))
+	}
+}
+
+// observeTables makes 50 series of one metric.
+func observeTables(r promclient.Registerer, n int) {
+	tables := promauto.With(r).NewGaugeVec(promclient.GaugeOpts{Name: "bench_bytes", Help: "Size of a table."}, []string{"table"})
+	for i := range 50 {
+		tables.WithLabelValues(fmt.Sprintf("table_%02d", i)).Set(float64(n))
+	}
+}
+
+// observeAll makes 50 series: 3 histograms of 13, and 11 counters.
+func observeAll(r promclient.Registerer, n int) {
+	for i := range 3 {
+		promauto.With(r).NewHistogram(promclient.HistogramOpts{
+			Name: fmt.Sprintf("bench_seconds_%d", i), Help: "How long it took.", Buckets: promclient.LinearBuckets(0, 1, 10),
+		}).Observe(float64(n) / 7)
+	}
+	for i := range 11 {
+		promauto.With(r).NewCounter(promclient.CounterOpts{Name: fmt.Sprintf("bench_%02d_total", i), Help: "One of eleven counters."}).Add(float64(n))
+	}
+}
+
+// observeOthers makes 50 series that no other body has.
+func observeOthers(r promclient.Registerer, n int) {
+	observeGauges(promclient.WrapRegistererWith(promclient.Labels{"run": strconv.Itoa(n)}, r), n)
+}
 
 // pushes has 8 clients push n times, each on a connection of its own, and returns how
 // many pushes a second went. They share the processor with the store that they
 // measure, so they do as little as they can: an HTTP client library would take more
 // of it than the fastest store, and so would threads that look for more to do.
-func (s *pushStoreUnderTest) pushes(b *testing.B, n, groups int64) float64 {
+func (s *pushStoreUnderTest) pushes(b *testing.B, what *payload, n, groups int64) float64 {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	start := time.Now()
 	var left atomic.Int64
@@ -59,9 +114,10 @@ func (s *pushStoreUnderTest) pushes(b *testing.B, n, groups int64) float64 {
 			answers, request := bufio.NewReader(conn), []byte(nil)
 			for left.Add(-1) >= 0 && !b.Failed() {
 				n := s.next.Add(1)
-				body := pushedBodies[n%int64(len(pushedBodies))]
+				body := what.bodies[n%int64(len(what.bodies))]
 				// Steps of a prime go through all groups.
-				request = fmt.Appendf(request[:0], "PUT /metrics/job/bench/instance/host-%06d HTTP/1.1\r\nHost: store\r\nContent-Length: %d\r\n\r\n", n*7919%groups, len(body))
+				request = fmt.Appendf(request[:0], "PUT /metrics/job/bench/instance/host-%06d HTTP/1.1\r\nHost: store\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n",
+					n*7919%groups, what.contentType, len(body))
 				request = append(request, body...)
 				if _, err := conn.Write(request); err != nil {
 					b.Error(err)
@@ -146,9 +202,9 @@ func (s *pushStoreUnderTest) resident(b *testing.B) float64 {
 func BenchmarkPushStores(b *testing.B) {
 	gatewayAddress := fixedAddress(b)
 	gateway := &pushStoreUnderTest{name: "pushgateway", url: "http://" + gatewayAddress, process: start(b, "prometheus-pushgateway",
-		external(b, "prometheus-pushgateway"), "--persistence.file=", "--push.disable-consistency-check", "--web.listen-address="+gatewayAddress)}
+		external(b, "prometheus-pushgateway"), "--persistence.file=", "--push.disable-consistency-check", "--web.enable-admin-api", "--web.listen-address="+gatewayAddress)}
 	gateway.awaitLog("[Ll]istening on|listen_address")
-	proxy := startProxy(b, "--storage.path="+b.TempDir(), "--log.level=info")
+	proxy := startProxy(b, "--storage.path="+b.TempDir(), "--log.level=info", "--web.enable-admin-api")
 	culvert := &pushStoreUnderTest{name: "culvert", url: proxy.url, process: proxy.process}
 	both := []*pushStoreUnderTest{culvert, gateway}
 	for _, s := range both {
@@ -159,24 +215,13 @@ func BenchmarkPushStores(b *testing.B) {
 	// queue when a round ends.
 	const perRound = 10_000
 	rates := map[int64]float64{} // of culvert, by groups
+	gauges := payloadOf(b, expfmt.TypeTextPlain, observeGauges)
 	for _, groups := range []int64{100, 10_000} {
 		b.Run(fmt.Sprintf("pushes/groups=%d", groups), func(b *testing.B) {
-			for _, s := range both {
-				s.pushes(b, groups, groups)
-			}
-			b.ResetTimer()
-			rate := map[string]float64{}
-			for range b.N {
-				for _, s := range both {
-					rate[s.name] += s.pushes(b, perRound, groups) / float64(b.N)
-				}
-			}
-			b.ReportMetric(rate["culvert"], "pushes/s")
-			b.ReportMetric(rate["culvert"]/rate["pushgateway"], "x-pushgateway")
+			rates[groups] = comparePushes(b, both, &gauges, perRound, groups)
 			if groups > 100 {
-				b.ReportMetric(rate["culvert"]/rates[100], "x-100-groups")
+				b.ReportMetric(rates[groups]/rates[100], "x-100-groups")
 			}
-			rates[groups] = rate["culvert"]
 		})
 	}
 	// What has changed since the last scrape is encoded and compressed; so all of it, or none.
@@ -186,7 +231,7 @@ func BenchmarkPushStores(b *testing.B) {
 			for range b.N {
 				for _, s := range both {
 					if changed > 0 {
-						s.pushes(b, changed, changed)
+						s.pushes(b, &gauges, changed, changed)
 					}
 					took[s.name] += s.scrape(b)
 				}
@@ -200,7 +245,7 @@ func BenchmarkPushStores(b *testing.B) {
 	b.Run("pushes-while-scraped/groups=10000", func(b *testing.B) {
 		var rate, quiet float64
 		for range b.N {
-			quiet += culvert.pushes(b, perRound, 10_000)
+			quiet += culvert.pushes(b, &gauges, perRound, 10_000)
 			stop := make(chan struct{})
 			var scraper sync.WaitGroup
 			scraper.Go(func() {
@@ -213,11 +258,65 @@ func BenchmarkPushStores(b *testing.B) {
 					}
 				}
 			})
-			rate += culvert.pushes(b, perRound, 10_000)
+			rate += culvert.pushes(b, &gauges, perRound, 10_000)
 			close(stop)
 			scraper.Wait()
 		}
 		b.ReportMetric(rate/float64(b.N), "pushes/s")
 		b.ReportMetric(rate/quiet, "x-not-scraped")
 	})
+	for _, s := range both {
+		s.wipe(b)
+	}
+	for _, c := range []struct {
+		name    string
+		format  expfmt.FormatType
+		observe func(promclient.Registerer, int)
+	}{
+		{"tables/format=text", expfmt.TypeTextPlain, observeTables},
+		{"all/format=text", expfmt.TypeTextPlain, observeAll},
+		{"others/format=text", expfmt.TypeTextPlain, observeOthers},
+		{"gauges/format=protobuf", expfmt.TypeProtoDelim, observeGauges},
+		{"all/format=protobuf", expfmt.TypeProtoDelim, observeAll},
+		{"others/format=protobuf", expfmt.TypeProtoDelim, observeOthers},
+	} {
+		what := payloadOf(b, c.format, c.observe)
+		b.Run("pushes/groups=100/of="+c.name, func(b *testing.B) { comparePushes(b, both, &what, perRound, 100) })
+	}
+}
+
+// comparePushes reports how many pushes a second the two stores take, in rounds of n that
+// alternate, and returns the number of the first one.
+func comparePushes(b *testing.B, both []*pushStoreUnderTest, what *payload, n, groups int64) float64 {
+	for range 3 { // what a job pushes for the first time is found out about
+		for _, s := range both {
+			s.pushes(b, what, groups, groups)
+		}
+	}
+	b.ResetTimer()
+	rate := map[*pushStoreUnderTest]float64{}
+	for range b.N {
+		for _, s := range both {
+			rate[s] += s.pushes(b, what, n, groups) / float64(b.N)
+		}
+	}
+	b.ReportMetric(rate[both[0]], "pushes/s")
+	b.ReportMetric(rate[both[0]]/rate[both[1]], "x-pushgateway")
+	return rate[both[0]]
+}
+
+// wipe deletes all groups.
+func (s *pushStoreUnderTest) wipe(b *testing.B) {
+	req, err := http.NewRequest(http.MethodPut, s.url+"/api/v1/admin/wipe", nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	resp, err := s.client.Do(req)
+	if err != nil {
+		b.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusAccepted {
+		b.Fatal(resp.Status)
+	}
 }
