@@ -104,6 +104,7 @@ type Store struct {
 	err     error
 	damaged bool
 
+	saveAt int64 // see logFactor
 	// pending is what is in the log alone.
 	pending *unsaved
 	// saving is what a goroutine writes to the database now, nil: none does.
@@ -146,12 +147,14 @@ func keyOf(id string) groupKey {
 	return groupKey(sum[:len(groupKey{})])
 }
 
+// What is in the log goes to the database when the active file has saveAt bytes: logFactor
+// times those of the database, and at least minSaveAt, at most maxSaveAt. The more groups
+// there are the more of them have changed by then, and each costs as much as a push. Where
+// the file has twice as many, changes wait for that.
 const (
-	// saveAt is the length of the log's active file at which what is in it goes to the
-	// database.
-	saveAt = 32 << 20
-	// logLimit is the length at which changes wait for that.
-	logLimit = 2 * saveAt
+	logFactor = 8
+	minSaveAt = 16 << 20
+	maxSaveAt = 128 << 20
 )
 
 // Open opens or creates the files and reads all of them. Files that can be read but not
@@ -233,6 +236,7 @@ func (s *Store) openForWriting(read func(*bolt.Tx, *remainder) error) (err error
 		return err
 	}
 	s.db = db
+	s.fitLog()
 	return nil
 }
 
@@ -501,11 +505,11 @@ func (s *Store) Apply(changes []gateway.Change, marks []gateway.Mark) error {
 	if s.err != nil {
 		return s.err
 	}
-	if s.finishSave(s.log.end > logLimit); s.err != nil {
+	if s.finishSave(s.log.end > 2*s.saveAt); s.err != nil {
 		return s.err
 	}
 	brings := slices.ContainsFunc(changes, func(c gateway.Change) bool { return c.Record != nil })
-	if s.saveErr != nil && (brings || s.log.end > logLimit) {
+	if s.saveErr != nil && (brings || s.log.end > 2*s.saveAt) {
 		return s.saveErr
 	}
 	frame := s.log.frameStart()
@@ -536,7 +540,7 @@ func (s *Store) Apply(changes []gateway.Change, marks []gateway.Mark) error {
 	for _, m := range marks {
 		s.pending.marks[m.Spool] = m
 	}
-	if s.log.end >= saveAt && s.saving == nil && s.saveErr == nil {
+	if s.log.end >= s.saveAt && s.saving == nil && s.saveErr == nil {
 		s.startSave()
 	}
 	return nil

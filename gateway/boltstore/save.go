@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -53,7 +54,18 @@ func (s *Store) noteSave(err error) {
 	s.saveErr = err
 	if errors.Is(err, ErrDamaged) {
 		s.damaged, s.err = true, err
+	} else if err == nil {
+		s.fitLog()
 	}
+}
+
+// fitLog fits saveAt to the database.
+func (s *Store) fitLog() {
+	var size int64
+	if info, err := os.Stat(s.path); err == nil {
+		size = info.Size()
+	}
+	s.saveAt = min(max(logFactor*size, minSaveAt), maxSaveAt)
 }
 
 // save writes what is pending to the database now, and begins the log anew.
