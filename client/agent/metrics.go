@@ -29,13 +29,21 @@ type metrics struct {
 }
 
 func newMetrics(a *Agent) *metrics {
+	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
+	}
+	gauge := func(name, help string, value func() float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value)
+	}
+	counter := func(name, help string, value func() float64) prometheus.Collector {
+		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, value)
+	}
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
 		stats:    new(protocol.Stats),
-		scrapes: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "culvert_client_scrapes_total",
-			Help: "Scrapes that came through a proxy, by outcome: ok, cancelled, broken, too-long, or the reason of the refusal. A rise of not-allowed asks for an --allow flag, or says that a name leads where it should not; of target-unreachable for a look at the exporter; of agent-busy for fewer scrapers or a higher --scrape.max-concurrent; of too-long for a look at what the exporter sends, or a higher --scrape.max-body-size.",
-		}, []string{"outcome"}),
+		scrapes: counters("culvert_client_scrapes_total",
+			"Scrapes that came through a proxy, by outcome: ok, cancelled, broken, too-long, or the reason of the refusal. A rise of not-allowed asks for an --allow flag, or says that a name leads where it should not; of target-unreachable for a look at the exporter; of agent-busy for fewer scrapers or a higher --scrape.max-concurrent; of too-long for a look at what the exporter sends, or a higher --scrape.max-body-size.",
+			"outcome"),
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:                            "culvert_client_scrape_duration_seconds",
 			Help:                            "Time from the request to the end of the target's response.",
@@ -52,60 +60,48 @@ func newMetrics(a *Agent) *metrics {
 			Name: "culvert_client_response_bytes_total",
 			Help: "Bytes of the targets' response bodies.",
 		}),
-		connects: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "culvert_client_connects_total",
-			Help: "Tries to get a session, by result; polling means that a proxy without a tunnel took a poll in its stead, and no-tunnel that it was looked for and not found. Anything but these and ok that goes on rising means that this proxy can't be reached or refuses the agent.",
-		}, []string{"proxy", "result"}),
-		reconnects: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "culvert_client_reconnects_total",
-			Help: "Sessions that ended and made the agent dial again, by reason. A steady rise of silent or lost points to the network between.",
-		}, []string{"proxy", "reason"}),
+		connects: counters("culvert_client_connects_total",
+			"Tries to get a session, by result; polling means that a proxy without a tunnel took a poll in its stead, and no-tunnel that it was looked for and not found. Anything but these and ok that goes on rising means that this proxy can't be reached or refuses the agent.",
+			"proxy", "result"),
+		reconnects: counters("culvert_client_reconnects_total",
+			"Sessions that ended and made the agent dial again, by reason. A steady rise of silent or lost points to the network between.",
+			"proxy", "reason"),
 		dropped: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "culvert_client_dropped_series_total",
 			Help: "Series that scrapes of the agent itself left out because the agent has the same one, or the same name with another type, from another source. Those of textfiles are in culvert_client_textfile_dropped_series.",
 		}),
 	}
-	m.polls = prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "culvert_client_polls_total",
-		Help: "Polls of a pushprox-proxy that have ended, by result: scrape, replaced (by another poll of the same name), failed. A steady rise of replaced means that two clients have one name; of failed, that the proxy can't be reached, or that something between ends polls.",
-	}, []string{"proxy", "result"})
-	m.polled = prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "culvert_client_polled_scrapes_total",
-		Help: "Answers to scrapes that polls brought, by result of their way to the pushprox-proxy: ok, refused (most often they came too late for the scraper), failed.",
-	}, []string{"proxy", "result"})
-	m.relayed = prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "culvert_client_relayed_pushes_total",
-		Help: "Pushes that left the spool for a proxy, by outcome: applied, repeated (the proxy had it from an earlier try), and what the proxy will never take, which was dropped: refused, too_large, other. A rise of refused means that jobs push what can't be taken; the log names them.",
-	}, []string{"proxy", "outcome"})
-	m.relayRetries = prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "culvert_client_relay_retries_total",
-		Help: "Tries to relay a push that are to be repeated, by reason: no_answer, forbidden, not_supported (by an old proxy), busy, unavailable. What rises on and on holds all pushes up; the log says why.",
-	}, []string{"proxy", "reason"})
-	m.spoolRequests = prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "culvert_client_spool_requests_total",
-		Help: "Pushes and deletions for the proxies' push stores that came from this host, by status code: 202 is in the spool, 400 can't ever be taken, 503 has no room in the spool, or can't be written to it.",
-	}, []string{"code"})
+	m.polls = counters("culvert_client_polls_total",
+		"Polls of a pushprox-proxy that have ended, by result: scrape, replaced (by another poll of the same name), failed. A steady rise of replaced means that two clients have one name; of failed, that the proxy can't be reached, or that something between ends polls.",
+		"proxy", "result")
+	m.polled = counters("culvert_client_polled_scrapes_total",
+		"Answers to scrapes that polls brought, by result of their way to the pushprox-proxy: ok, refused (most often they came too late for the scraper), failed.",
+		"proxy", "result")
+	m.relayed = counters("culvert_client_relayed_pushes_total",
+		"Pushes that left the spool for a proxy, by outcome: applied, repeated (the proxy had it from an earlier try), and what the proxy will never take, which was dropped: refused, too_large, other. A rise of refused means that jobs push what can't be taken; the log names them.",
+		"proxy", "outcome")
+	m.relayRetries = counters("culvert_client_relay_retries_total",
+		"Tries to relay a push that are to be repeated, by reason: no_answer, forbidden, not_supported (by an old proxy), busy, unavailable. What rises on and on holds all pushes up; the log says why.",
+		"proxy", "reason")
+	m.spoolRequests = counters("culvert_client_spool_requests_total",
+		"Pushes and deletions for the proxies' push stores that came from this host, by status code: 202 is in the spool, 400 can't ever be taken, 503 has no room in the spool, or can't be written to it.",
+		"code")
 	m.registry.MustRegister(m.scrapes, m.duration, m.inFlight, m.bytes, m.connects, m.reconnects, m.dropped, m.polls, m.polled,
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "culvert_client_streams",
-			Help: "Open streams of all sessions, the pooled ones included.",
-		}, func() float64 { return float64(m.stats.Streams.Load()) }),
-		prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name: "culvert_client_tunnel_read_bytes_total",
-			Help: "Bytes read from the tunnels, framing included, TLS not.",
-		}, func() float64 { return float64(m.stats.BytesRead.Load()) }),
-		prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name: "culvert_client_tunnel_written_bytes_total",
-			Help: "Bytes written to the tunnels, framing included, TLS not.",
-		}, func() float64 { return float64(m.stats.BytesWritten.Load()) }),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "culvert_client_scrapes_max_concurrent",
-			Help: "Scrapes that may run at a time: --scrape.max-concurrent; 0: no limit.",
-		}, func() float64 { return float64(a.scrapes.limit()) }),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "culvert_client_tunnels_max_concurrent",
-			Help: "CONNECT tunnels that may be open at a time: --connect.max-concurrent; 0: no limit.",
-		}, func() float64 { return float64(a.tunnels.limit()) }),
+		gauge("culvert_client_streams",
+			"Open streams of all sessions, the pooled ones included.",
+			func() float64 { return float64(m.stats.Streams.Load()) }),
+		counter("culvert_client_tunnel_read_bytes_total",
+			"Bytes read from the tunnels, framing included, TLS not.",
+			func() float64 { return float64(m.stats.BytesRead.Load()) }),
+		counter("culvert_client_tunnel_written_bytes_total",
+			"Bytes written to the tunnels, framing included, TLS not.",
+			func() float64 { return float64(m.stats.BytesWritten.Load()) }),
+		gauge("culvert_client_scrapes_max_concurrent",
+			"Scrapes that may run at a time: --scrape.max-concurrent; 0: no limit.",
+			func() float64 { return float64(a.scrapes.limit()) }),
+		gauge("culvert_client_tunnels_max_concurrent",
+			"CONNECT tunnels that may be open at a time: --connect.max-concurrent; 0: no limit.",
+			func() float64 { return float64(a.tunnels.limit()) }),
 		sessionCollector{a})
 	return m
 }
