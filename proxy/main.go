@@ -54,6 +54,9 @@ func main() {
 		}
 		return
 	}
+	if err := relaxTimers(); err != nil {
+		flags.Logger.Debug("The timer slack stays as it is", "err", err)
+	}
 	for _, line := range flags.unneeded {
 		flags.Logger.Info(line)
 	}
