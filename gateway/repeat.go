@@ -39,7 +39,7 @@ func (f format) layoutOf(body []byte) (layout, []float64) {
 	}
 	buf := layoutBuffers.Get().(*[]byte)
 	defer layoutBuffers.Put(buf)
-	values := make([]float64, 0, len(body)/48+1)
+	values := make([]float64, 0, len(body)/32+1)
 	rest, ok := f.replaceValues((*buf)[:0], body, func(old float64) float64 {
 		values = append(values, old)
 		return 0

@@ -132,33 +132,41 @@ func (r *rewriter) body(body []byte) bool {
 // message rewrites the content of a message. It returns false where something is refused.
 func (r *rewriter) message(content []byte, of *fields) bool {
 	for len(content) > 0 {
-		number, wire, n := protowire.ConsumeTag(content)
-		if n < 0 || int(number) >= len(of) || of[number].what == refused || of[number].wire != wire {
+		tag := content[0] // one byte: the numbers are below 16
+		f := &of[tag>>3&15]
+		if tag >= 0x80 || f.what == refused || protowire.Type(tag&7) != f.wire {
 			return false
 		}
-		f, tag := &of[number], content[:n]
-		size := protowire.ConsumeFieldValue(number, wire, content[n:])
-		if size < 0 {
-			return false
-		}
-		value := content[n : n+size]
-		content = content[n+size:]
-		r.out = append(r.out, tag...)
-		switch f.what {
-		case copied:
-			r.out = append(r.out, value...)
-		case entered:
-			message, _ := protowire.ConsumeBytes(value)
-			if f.in == metricFields && r.series != nil && !r.series(message) {
+		start, end := 1, 1+8 // of the value
+		if f.wire != protowire.Fixed64Type {
+			number, n := protowire.ConsumeVarint(content[1:])
+			if end = 1 + n; n < 0 || f.wire == protowire.BytesType && number > uint64(len(content)) {
 				return false
 			}
-			r.out = append(r.out, 0)
+			if f.wire == protowire.BytesType {
+				start, end = end, end+int(number)
+			}
+		}
+		if end > len(content) {
+			return false
+		}
+		field, value := content[:end], content[start:end]
+		content = content[end:]
+		switch f.what {
+		case copied:
+			r.out = append(r.out, field...)
+		case entered:
+			if f.in == metricFields && r.series != nil && !r.series(value) {
+				return false
+			}
+			r.out = append(r.out, tag, 0)
 			start := len(r.out)
-			if !r.message(message, f.in) {
+			if !r.message(value, f.in) {
 				return false
 			}
 			r.setLength(start)
 		case valued:
+			r.out = append(r.out, tag)
 			if !r.put(f, value) {
 				return false
 			}
@@ -182,8 +190,7 @@ func (r *rewriter) put(f *field, old []byte) bool {
 		r.out = protowire.AppendVarint(r.out, uint64(value))
 		return isExactCount(value)
 	default:
-		message, _ := protowire.ConsumeBytes(old)
-		nanos, ok := readTime(message)
+		nanos, ok := readTime(old)
 		if !ok {
 			return false
 		}
