@@ -27,7 +27,13 @@ var layoutSeeds = [...]maphash.Seed{formatText: maphash.MakeSeed(), formatProtob
 // maxValues bounds the values of a layout: places.order has 16 bits for each.
 const maxValues = noValue
 
-var layoutBuffers = sync.Pool{New: func() any { return new([]byte) }}
+// layoutBuffer is what a body is taken apart into.
+type layoutBuffer struct {
+	rest   []byte
+	values []float64
+}
+
+var layoutBuffers = sync.Pool{New: func() any { return new(layoutBuffer) }}
 
 // layoutOf returns the layout of a body and its values, in the order in which they stand
 // there. It does not look at what else is in it: a body means what another one of its layout
@@ -37,20 +43,20 @@ func (f format) layoutOf(body []byte) (layout, []float64) {
 	if f != formatText && f != formatProtobuf {
 		return layout{}, nil
 	}
-	buf := layoutBuffers.Get().(*[]byte)
-	defer layoutBuffers.Put(buf)
-	values := make([]float64, 0, len(body)/32+1)
-	rest, ok := f.replaceValues((*buf)[:0], body, func(old float64) float64 {
-		values = append(values, old)
+	buf := layoutBuffers.Get().(*layoutBuffer)
+	buf.values = buf.values[:0]
+	var ok bool
+	buf.rest, ok = f.replaceValues(buf.rest[:0], body, func(old float64) float64 {
+		buf.values = append(buf.values, old)
 		return 0
 	})
-	if cap(rest) <= smallBody {
-		*buf = rest
+	if cap(buf.rest) <= smallBody {
+		defer layoutBuffers.Put(buf)
 	}
-	if !ok || len(values) > maxValues {
+	if !ok || len(buf.values) > maxValues {
 		return layout{}, nil
 	}
-	return layout{maphash.Bytes(layoutSeeds[f], rest), len(values)}, values
+	return layout{maphash.Bytes(layoutSeeds[f], buf.rest), len(buf.values)}, slices.Clone(buf.values)
 }
 
 // replaceValues appends a body with other values: value returns each, given the one that is
@@ -97,7 +103,12 @@ type places struct {
 
 // fit reports whether the values of a body that have to be exact counts are.
 func (at places) fit(values []float64) bool {
-	return !slices.ContainsFunc(at.counts, func(n uint16) bool { return !isExactCount(values[n]) })
+	for _, n := range at.counts {
+		if !isExactCount(values[n]) {
+			return false
+		}
+	}
+	return true
 }
 
 // firstNumber is above what bodies have at other places than those of values.
