@@ -151,15 +151,8 @@ func (g *Gateway) ServePush(w http.ResponseWriter, r *http.Request, rest string)
 }
 
 func (g *Gateway) push(w http.ResponseWriter, r *http.Request, rest string) error {
-	id, err := g.identify(w, r)
+	id, key, err := g.addressed(w, r, rest)
 	if err != nil {
-		return err
-	}
-	key, err := ParsePath(rest)
-	if err != nil {
-		return badRequest{err}
-	}
-	if err := allowed(r.Context(), key); err != nil {
 		return err
 	}
 	e, err := g.editOf(r, id)
@@ -216,18 +209,23 @@ func (g *Gateway) push(w http.ResponseWriter, r *http.Request, rest string) erro
 	return g.do(w, r, &change{id: id, edits: []edit{e}})
 }
 
+// addressed returns the ID of a change of one group, and the group's key. It returns an
+// error where that can't be, or where the client may not change it.
+func (g *Gateway) addressed(w http.ResponseWriter, r *http.Request, rest string) (id pushID, key Key, err error) {
+	if id, err = g.identify(w, r); err != nil {
+		return id, nil, err
+	}
+	if key, err = ParsePath(rest); err != nil {
+		return id, nil, badRequest{err}
+	}
+	return id, key, allowed(r.Context(), key)
+}
+
 // ServeDelete answers DELETE of a group; rest as for ServePush.
 func (g *Gateway) ServeDelete(w http.ResponseWriter, r *http.Request, rest string) {
 	g.answer(w, "delete", http.StatusAccepted, func() error {
-		id, err := g.identify(w, r)
+		id, key, err := g.addressed(w, r, rest)
 		if err != nil {
-			return err
-		}
-		key, err := ParsePath(rest)
-		if err != nil {
-			return badRequest{err}
-		}
-		if err := allowed(r.Context(), key); err != nil {
 			return err
 		}
 		return g.do(w, r, &change{id: id, edits: []edit{{key: key, delete: true}}})

@@ -31,6 +31,7 @@ type frame struct {
 	places
 }
 
+// noValue is in places.order for the values of the gateway itself.
 const noValue = math.MaxUint16
 
 // extent is a family in a frame, up to where the next one starts.

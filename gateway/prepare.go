@@ -80,7 +80,7 @@ func (p prepared) appendProto(out []byte) []byte {
 	case p.values == nil:
 		return append(out, p.proto...)
 	case p.proto != nil:
-		out, _, _ = appendProtoValues(out, p.proto, p.values)
+		out, _, _ = appendProtoValues(out, p.proto, p.values) // they fit: they were cut out of it, or took the place of such
 		return out
 	}
 	kind, text := p.meta.Value().kind, p.text
