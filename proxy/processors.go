@@ -22,9 +22,11 @@ const (
 	longWaits, longShare = 4, 20
 	// It is not enough either where it was used for fullShare of the last fullChecks.
 	fullShare, fullChecks = 0.9, 10
+	// With all, less than looseShare of one may be enough for it: a fifth goes into looking.
+	looseShare = 1.2
 	// One is tried again after firstPause, and after twice as long, at most lastPause,
 	// each time that it was not enough for calmAfter.
-	firstPause, lastPause = 10 * time.Second, 5 * time.Minute
+	firstPause, lastPause = time.Second, 5 * time.Minute
 	calmAfter             = 10 * time.Second
 	// allFor is how long all are used where somebody knows that it is better.
 	allFor = 5 * time.Second
@@ -121,7 +123,9 @@ type frugality struct {
 	one   bool
 	since time.Time     // of that, zero: it was always so
 	pause time.Duration // before one is tried again
-	share float64       // of one processor that was used lately, on the average
+	// share is how much of one processor was used since then, on the average, the last look
+	// most. It begins low with one and high with all.
+	share float64
 }
 
 // see decides anew, given two looks in a row.
@@ -136,8 +140,8 @@ func (f *frugality) see(last, now look) {
 			f.pause = firstPause
 		}
 		f.pause = min(max(f.pause, firstPause), lastPause)
-		f.one, f.since = false, now.at
-	case !f.one && now.at.Sub(f.since) >= f.pause && f.share < fullShare:
-		f.one, f.since = true, now.at
+		f.one, f.since, f.share = false, now.at, 2
+	case !f.one && now.at.Sub(f.since) >= f.pause && f.share < looseShare:
+		f.one, f.since, f.share = true, now.at, 0
 	}
 }

@@ -60,12 +60,14 @@ func TestFrugality(t *testing.T) {
 	want("after the first pause, since it was enough for a while", true)
 	pass(300*time.Millisecond, 1, 10, 0)
 	want("used wholly for a moment", true)
-	pass(5*time.Second, 1, 10, 0)
+	pass(3*time.Second, 1, 10, 0)
 	want("used wholly for seconds", false)
 	pass(time.Hour, 1.5, 10, 0)
 	want("as long as more than one is used", false)
-	pass(10*time.Second, 0.1, 10, 0)
-	want("when less is used", true)
+	pass(2*time.Second, 1.1, 10, 0)
+	want("when hardly more than one is used", true)
+	pass(time.Second, 0.8, 10, 0)
+	want("when that is less with one", true)
 }
 
 // TestProcessors lets the real thing switch.
