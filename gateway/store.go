@@ -394,14 +394,49 @@ type crowd struct {
 	// alone is how often it is not waited for after the last wait in vain, skipped how often
 	// that has been already.
 	alone, skipped int
+	// One more than size is waited for when patience waits in a row, of which there were met,
+	// were not in vain: who always comes while nobody looks would never be counted.
+	met, patience int
 }
 
-// maxAlone bounds crowd.alone: with it, who pushes now and then waits in vain once in so
-// many times.
-const maxAlone = 255
+const (
+	// maxAlone bounds crowd.alone: with it, who pushes now and then waits in vain once in so
+	// many times.
+	maxAlone = 127
+	// minPatience and maxPatience bound crowd.patience, which doubles when nobody more came.
+	minPatience, maxPatience = 16, 1024
+	// maxGather bounds the time that a crowd is waited for.
+	maxGather = time.Millisecond
+)
 
-// maxGather bounds the time that a crowd is waited for.
-const maxGather = time.Millisecond
+// wanted returns how many are waited for.
+func (c *crowd) wanted() int {
+	if c.met >= max(c.patience, minPatience) {
+		return c.size + 1
+	}
+	return c.size
+}
+
+// waited notes how a wait for so many ended.
+func (c *crowd) waited(wanted int, came bool) {
+	c.skipped = 0
+	switch {
+	case came && wanted > c.size:
+		c.size, c.met, c.patience = wanted, 0, minPatience
+	case came:
+		c.alone /= 4
+		c.met++
+	case wanted > c.size:
+		c.met, c.patience = 0, min(max(2*c.patience, minPatience), maxPatience)
+	default:
+		// Those who pause between their pushes meet by chance. To wait for them costs up to a
+		// millisecond: where nothing else is to be done, timers are no finer.
+		if c.met = 0; c.alone > 0 {
+			c.size, c.patience = 0, minPatience // who did not come twice is not waited for again
+		}
+		c.alone = min(2*c.alone+1, maxAlone)
+	}
+}
 
 // gather waits for the crowd: a flush costs as much for all of them as for one. It waits
 // for four times as long as one takes, which a crowd of eight needs on one processor.
@@ -415,16 +450,17 @@ func (s *Store) gather() {
 		s.crowd.skipped++
 		return
 	}
+	wanted := s.crowd.wanted()
 	s.mu.Lock()
 	waiting := 0
 	if len(s.batches) > 0 {
 		waiting = len(s.batches[0].changes)
 	}
-	if s.closed || len(s.batches) > 1 || waiting >= s.crowd.size {
+	if s.closed || len(s.batches) > 1 || waiting >= wanted {
 		s.mu.Unlock()
 		return
 	}
-	s.rest = s.crowd.size
+	s.rest = wanted
 	s.mu.Unlock()
 	if s.crowd.timer == nil {
 		s.crowd.timer = time.NewTimer(0)
@@ -432,14 +468,10 @@ func (s *Store) gather() {
 	s.crowd.timer.Reset(min(4*s.crowd.flush, maxGather))
 	select {
 	case <-s.wake:
-		s.crowd.alone /= 2
+		s.crowd.waited(wanted, true)
 	case <-s.crowd.timer.C:
-		// Those who pause between their pushes meet by chance. To wait for them costs up to a
-		// millisecond: where nothing else is to be done, timers are no finer.
-		s.crowd.alone = min(2*s.crowd.alone+1, maxAlone)
-		s.crowd.size = 0 // who does not come now is not waited for again
+		s.crowd.waited(wanted, false)
 	}
-	s.crowd.skipped = 0
 }
 
 // step is an applied change of one group, to be stored or undone.
