@@ -286,7 +286,7 @@ func (d decoder) decode(h *head) (*dto.MetricFamily, error) {
 	}
 	for i, slot := range d.slots {
 		im, n := d.images[slot], d.next[i]
-		if n == len(im.parts) || im.parts[n].name() != h.name {
+		if n == len(im.metas) || im.name(n) != h.name {
 			continue
 		}
 		d.next[i]++

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sort"
 	"strings"
+	"sync/atomic"
 	"unique"
 )
 
@@ -22,7 +23,8 @@ type image struct {
 
 // frame is what an image has beside values and times.
 type frame struct {
-	parts  []extent // sorted by name
+	*familyList
+	parts  []extent // of each family of the list
 	hashes []uint64 // of the series of all families
 	data   []byte   // of all families: prepared.text and prepared.proto
 	// layout is that of the last push where it brought all pushed families. places then
@@ -34,16 +36,47 @@ type frame struct {
 // noValue is in places.order for the values of the gateway itself.
 const noValue = math.MaxUint16
 
-// extent is a family in a frame, up to where the next one starts.
+// familyList tells which families a frame has. Most groups have the same ones as others, and
+// share the list: with one for each group the collector would look at as many pointers as all
+// of them have families.
+type familyList struct {
+	metas []unique.Handle[meta] // sorted by name
+}
+
+// recentLists are the lists that were new last, oldList where the next one goes.
+var (
+	recentLists [64]atomic.Pointer[familyList]
+	oldList     atomic.Uint32
+)
+
+// maxShared bounds the families of a list that may stay in recentLists when its groups are
+// gone.
+const maxShared = 1000
+
+// shared returns a list that has the same families, the list itself where none is there.
+func (l *familyList) shared() *familyList {
+	if len(l.metas) > maxShared {
+		return l
+	}
+	for i := range recentLists {
+		if other := recentLists[i].Load(); other != nil && slices.Equal(other.metas, l.metas) {
+			return other
+		}
+	}
+	recentLists[oldList.Add(1)%uint32(len(recentLists))].Store(l)
+	return l
+}
+
+// name returns the name of a family.
+func (l *familyList) name(i int) string { return l.metas[i].Value().name }
+
+// extent is where a family stands in a frame, up to where the next one starts.
 type extent struct {
-	meta   unique.Handle[meta]
 	first  uint32 // of its series
 	values uint32 // the first of them
 	start  uint32 // in the data
 	proto  uint32 // so many bytes at its end are prepared.proto
 }
-
-func (p extent) name() string { return p.meta.Value().name }
 
 // maxImage bounds the data of an image, whose extents have 32 bits. It leaves room for what
 // the gateway itself says of a group.
@@ -65,12 +98,14 @@ func newImage(families []prepared) *image {
 		series += len(p.series)
 		values += len(p.values)
 	}
+	list := &familyList{make([]unique.Handle[meta], 0, len(families))}
 	im := &image{
 		frame:  &frame{parts: make([]extent, 0, len(families)), hashes: make([]uint64, 0, series), data: make([]byte, 0, size)},
 		values: make([]float64, 0, values),
 	}
 	for _, p := range families {
-		im.parts = append(im.parts, extent{p.meta, uint32(len(im.hashes)), uint32(len(im.values)), uint32(len(im.data)), uint32(len(p.proto))})
+		list.metas = append(list.metas, p.meta)
+		im.parts = append(im.parts, extent{uint32(len(im.hashes)), uint32(len(im.values)), uint32(len(im.data)), uint32(len(p.proto))})
 		im.hashes = append(im.hashes, p.series...)
 		im.values = append(im.values, p.values...)
 		im.data = append(append(im.data, p.text...), p.proto...)
@@ -78,6 +113,7 @@ func newImage(families []prepared) *image {
 			im.pushed = max(im.pushed, p.pushed)
 		}
 	}
+	im.familyList = list.shared()
 	if slices.ContainsFunc(families, func(p prepared) bool { return p.pushed != im.pushed && !isGenerated(p.name()) }) {
 		im.times = make([]int64, len(families))
 		for i, p := range families {
@@ -136,7 +172,7 @@ func (im *image) block(i int) prepared {
 		end = im.parts[i+1]
 	}
 	behind := end.start - from.proto
-	b := prepared{meta: from.meta, series: im.hashes[first:end.first:end.first], text: im.data[from.start:behind:behind], pushed: im.pushed}
+	b := prepared{meta: im.metas[i], series: im.hashes[first:end.first:end.first], text: im.data[from.start:behind:behind], pushed: im.pushed}
 	if from.proto > 0 {
 		b.proto = im.data[behind:end.start:end.start]
 	}
@@ -168,7 +204,7 @@ func (im *image) find(name string) (b prepared, ok bool) {
 	if im == nil {
 		return b, false
 	}
-	i, ok := slices.BinarySearchFunc(im.parts, name, func(p extent, name string) int { return strings.Compare(p.name(), name) })
+	i, ok := slices.BinarySearchFunc(im.metas, name, func(m unique.Handle[meta], name string) int { return strings.Compare(m.Value().name, name) })
 	if !ok {
 		return b, false
 	}
@@ -179,13 +215,13 @@ func (im *image) find(name string) (b prepared, ok bool) {
 // before it that have none are other ones.
 func (im *image) familyOf(n int) string {
 	i := sort.Search(len(im.parts), func(i int) bool { return im.parts[i].values > uint32(n) }) - 1
-	return im.parts[i].name()
+	return im.name(i)
 }
 
 // sameFamilies reports whether two images have the same families, with the same
 // types and HELP.
 func (im *image) sameFamilies(other *image) bool {
-	return im != nil && (im.frame == other.frame || slices.EqualFunc(im.parts, other.parts, func(a, b extent) bool { return a.meta == b.meta }))
+	return im != nil && (im.familyList == other.familyList || slices.Equal(im.metas, other.metas))
 }
 
 // same reports which of some families, sorted by name, the image has with the same
@@ -197,10 +233,10 @@ func (im *image) same(families []prepared) []bool {
 	}
 	n := 0
 	for i, p := range families {
-		for n < len(im.parts) && im.parts[n].meta != p.meta && im.parts[n].name() < p.name() {
+		for n < len(im.metas) && im.metas[n] != p.meta && im.name(n) < p.name() {
 			n++
 		}
-		same[i] = n < len(im.parts) && im.parts[n].meta == p.meta && slices.Equal(im.block(n).series, p.series)
+		same[i] = n < len(im.metas) && im.metas[n] == p.meta && slices.Equal(im.block(n).series, p.series)
 	}
 	return same
 }

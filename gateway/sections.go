@@ -240,10 +240,10 @@ func (at *moment) encode(slots []int32, format expfmt.Format, zw Deflater) (*sec
 		var next unique.Handle[meta]
 		name, found := "", false
 		for i, im := range images {
-			if cursors[i] == len(im.parts) || found && im.parts[cursors[i]].meta == next {
+			if cursors[i] == len(im.metas) || found && im.metas[cursors[i]] == next {
 				continue
 			}
-			if m := im.parts[cursors[i]].meta; !found || m.Value().name < name {
+			if m := im.metas[cursors[i]]; !found || m.Value().name < name {
 				name, next, found = m.Value().name, m, true
 			}
 		}
@@ -253,7 +253,7 @@ func (at *moment) encode(slots []int32, format expfmt.Format, zw Deflater) (*sec
 		runtime.Gosched() // a push needs a processor for a moment, and others after it
 		series = series[:0]
 		for i, im := range images {
-			if cursors[i] == len(im.parts) || im.parts[cursors[i]].meta != next && im.parts[cursors[i]].name() != name {
+			if cursors[i] == len(im.metas) || im.metas[cursors[i]] != next && im.name(cursors[i]) != name {
 				continue
 			}
 			var err error
