@@ -270,6 +270,9 @@ const (
 // formatOf chooses the format by the Content-Type: delimited protobuf, OpenMetrics
 // 1.0, else text 0.0.4.
 func formatOf(contentType string) format {
+	if strings.HasPrefix(contentType, "text/plain") { // of nearly all pushes; there is no need to parse it
+		return formatText
+	}
 	mediaType, params, _ := mime.ParseMediaType(contentType)
 	switch {
 	case mediaType == "application/vnd.google.protobuf" && params["proto"] == "io.prometheus.client.MetricFamily" && params["encoding"] == "delimited":

@@ -36,7 +36,8 @@ type edit struct {
 	aggregate *aggregation // merge the series with those that are there
 	pushed    pushedFamilies
 	layout    layout         // of the body
-	values    []float64      // in place of pushed, where the group has that shape already
+	group     *group         // that had the key, nil: it is looked up
+	values    []float64      // in place of pushed, where the group has that layout already
 	reasons   []string       // why the push is refused already
 	ttl       *time.Duration // nil: keep
 	interval  *time.Duration
@@ -103,7 +104,10 @@ func (s *Store) make(c *change) ([]step, error) {
 // edit makes one edit in memory. It returns nil where there was nothing to do,
 // and an error where it is refused: then it did nothing.
 func (s *Store) edit(e *edit) (*step, error) {
-	g := s.get(e.key)
+	g := e.group
+	if g == nil || !s.has(g) {
+		g = s.get(e.key)
+	}
 	exists := g != nil
 	if e.delete {
 		if !exists {

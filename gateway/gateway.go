@@ -175,11 +175,11 @@ func (g *Gateway) push(w http.ResponseWriter, r *http.Request, rest string) erro
 	}
 	again := false // the last push had this layout
 	if e.layout.values > 0 {
-		last, at := g.store.layoutOf(key)
+		group, last, at := g.store.layoutOf(key)
 		again = last == e.layout && at.order == nil
 		if last == e.layout && len(at.order) > 0 && at.fit(values) {
 			read.parsed()
-			e.values = values
+			e.group, e.values = group, values
 			err := g.do(w, r, &change{id: id, edits: []edit{e}})
 			if err != errNewLayout {
 				return err
@@ -187,7 +187,7 @@ func (g *Gateway) push(w http.ResponseWriter, r *http.Request, rest string) erro
 			if err := read.enter(r); err != nil {
 				return err
 			}
-			e.values = nil
+			e.group, e.values = nil, nil
 		}
 	}
 	plain := false

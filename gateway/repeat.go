@@ -178,16 +178,17 @@ func (p prepared) countLines() []bool {
 // errNewLayout: the group is no longer of the layout that a push of values is for.
 var errNewLayout = errors.New("the group has other series now")
 
-// layoutOf returns the layout of the last push to the group of that key, the zero layout
-// where it did not bring all that the group has; and where the values stand in it.
-func (s *Store) layoutOf(key Key) (layout, places) {
+// layoutOf returns the group of that key, nil where there is none; the layout of its last
+// push, the zero layout where that did not bring all that the group has; and where the
+// values stand in it.
+func (s *Store) layoutOf(key Key) (*group, layout, places) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	g := s.get(key)
 	if g == nil {
-		return layout{}, places{}
+		return nil, layout{}, places{}
 	}
-	return g.image.layout, g.image.places
+	return g, g.image.layout, g.image.places
 }
 
 // repeat makes an edit that brings the values of a layout. What other groups have does
