@@ -280,12 +280,14 @@ func (l *commitLog) write(frame []byte) error {
 // note costs twice as much, and zeros that are written ahead spare it that.
 const growth = 256 << 10
 
+var zeros [growth]byte
+
 // put writes behind the last frame.
 func (l *commitLog) put(data []byte) error {
 	file := l.files[l.active]
 	end, size := l.end+int64(len(data)), &l.sizes[l.active]
 	if end > *size {
-		if _, err := file.WriteAt(make([]byte, growth), end); err == nil {
+		if _, err := file.WriteAt(zeros[:], end); err == nil {
 			*size = end + growth
 		} else { // there may be room for the frame itself
 			file.Truncate(*size)
