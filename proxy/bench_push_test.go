@@ -183,6 +183,42 @@ func (s *pushStoreUnderTest) scrape(b *testing.B) time.Duration {
 	return time.Since(start)
 }
 
+// cpuTicks returns the processor time that the store has used so far.
+func (s *pushStoreUnderTest) cpuTicks(b *testing.B) (ticks int) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.cmd.Process.Pid))
+	if err != nil {
+		b.Skip(err)
+	}
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	for _, field := range strings.Fields(rest)[11:13] { // utime and stime
+		n, err := strconv.Atoi(field)
+		if err != nil {
+			b.Fatal(err)
+		}
+		ticks += n
+	}
+	return ticks
+}
+
+// awaitRest waits until no store has anything left to do: the Pushgateway goes on to
+// collect garbage for half a second, which would slow down whose turn is next.
+func awaitRest(b *testing.B, stores []*pushStoreUnderTest) {
+	used := func() (ticks int) {
+		for _, s := range stores {
+			ticks += s.cpuTicks(b)
+		}
+		return ticks
+	}
+	for last, end := used(), time.Now().Add(10*time.Second); time.Now().Before(end); {
+		time.Sleep(200 * time.Millisecond)
+		now := used()
+		if now == last {
+			return
+		}
+		last = now
+	}
+}
+
 // resident returns the resident memory in MB.
 func (s *pushStoreUnderTest) resident(b *testing.B) float64 {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
@@ -197,8 +233,8 @@ func (s *pushStoreUnderTest) resident(b *testing.B) float64 {
 
 // BenchmarkPushStores compares culvert-proxy, which stores every push on disk before
 // it answers, with Debian's Pushgateway, which keeps them in memory here and has its
-// consistency check off. Rounds of the two alternate. The ratios are better the
-// larger they are, but for memory.
+// consistency check off. Rounds of the two alternate, and begin when both are at rest.
+// The ratios are better the larger they are, but for memory.
 func BenchmarkPushStores(b *testing.B) {
 	gatewayAddress := fixedAddress(b)
 	gateway := &pushStoreUnderTest{name: "pushgateway", url: "http://" + gatewayAddress, process: start(b, "prometheus-pushgateway",
@@ -233,6 +269,7 @@ func BenchmarkPushStores(b *testing.B) {
 					if changed > 0 {
 						s.pushes(b, &gauges, changed, changed)
 					}
+					awaitRest(b, both)
 					took[s.name] += s.scrape(b)
 				}
 			}
@@ -245,6 +282,7 @@ func BenchmarkPushStores(b *testing.B) {
 	b.Run("pushes-while-scraped/groups=10000", func(b *testing.B) {
 		var rate, quiet float64
 		for range b.N {
+			awaitRest(b, both)
 			quiet += culvert.pushes(b, &gauges, perRound, 10_000)
 			stop := make(chan struct{})
 			var scraper sync.WaitGroup
@@ -297,6 +335,7 @@ func comparePushes(b *testing.B, both []*pushStoreUnderTest, what *payload, n, g
 	rate := map[*pushStoreUnderTest]float64{}
 	for range b.N {
 		for _, s := range both {
+			awaitRest(b, both)
 			rate[s] += s.pushes(b, what, n, groups) / float64(b.N)
 		}
 	}
