@@ -43,10 +43,10 @@ type familyList struct {
 	metas []unique.Handle[meta] // sorted by name
 }
 
-// recentLists are the lists that were new last, oldList where the next one goes.
+// recentLists are the lists that were new last, listCount how many there were in all.
 var (
 	recentLists [64]atomic.Pointer[familyList]
-	oldList     atomic.Uint32
+	listCount   atomic.Uint32
 )
 
 // maxShared bounds the families of a list that may stay in recentLists when its groups are
@@ -63,7 +63,7 @@ func (l *familyList) shared() *familyList {
 			return other
 		}
 	}
-	recentLists[oldList.Add(1)%uint32(len(recentLists))].Store(l)
+	recentLists[listCount.Add(1)%uint32(len(recentLists))].Store(l)
 	return l
 }
 
