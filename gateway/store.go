@@ -181,7 +181,7 @@ func newStore(config StoreConfig) *Store {
 	}
 	return &Store{
 		config: config, places: semaphore.NewWeighted(queueSize), wake: make(chan struct{}, 1),
-		index: newIndex(config.Logger), spools: newSpools(config.MaxSpools), lifetimes: config.Lifetimes,
+		crowd: crowd{patience: minPatience}, index: newIndex(config.Logger), spools: newSpools(config.MaxSpools), lifetimes: config.Lifetimes,
 	}
 }
 
@@ -411,7 +411,7 @@ const (
 
 // wanted returns how many are waited for.
 func (c *crowd) wanted() int {
-	if c.met >= max(c.patience, minPatience) {
+	if c.met >= c.patience {
 		return c.size + 1
 	}
 	return c.size
@@ -427,7 +427,7 @@ func (c *crowd) waited(wanted int, came bool) {
 		c.alone /= 4
 		c.met++
 	case wanted > c.size:
-		c.met, c.patience = 0, min(max(2*c.patience, minPatience), maxPatience)
+		c.met, c.patience = 0, min(2*c.patience, maxPatience)
 	default:
 		// Those who pause between their pushes meet by chance. To wait for them costs up to a
 		// millisecond: where nothing else is to be done, timers are no finer.

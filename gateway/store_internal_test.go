@@ -64,7 +64,7 @@ func TestCrowd(t *testing.T) {
 
 // Who always comes too late to be seen is found by waiting for one more, now and then.
 func TestCrowdGrows(t *testing.T) {
-	c := crowd{size: 5}
+	c := crowd{size: 5, patience: minPatience}
 	waits := 0
 	come := func(there int) {
 		wanted := c.wanted()
