@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -28,6 +29,14 @@ type pushStoreUnderTest struct {
 	name, url string
 	client    *http.Client
 	next      atomic.Int64
+}
+
+// startGateway starts Debian's Pushgateway.
+func startGateway(b *testing.B, args ...string) *pushStoreUnderTest {
+	address := fixedAddress(b)
+	p := start(b, "prometheus-pushgateway", external(b, "prometheus-pushgateway"), append(args, "--web.listen-address="+address)...)
+	p.awaitLog("[Ll]istening on|listen_address")
+	return &pushStoreUnderTest{name: "pushgateway", url: "http://" + address, process: p}
 }
 
 // payload is what is pushed in turn: bodies that differ in their values.
@@ -236,10 +245,7 @@ func (s *pushStoreUnderTest) resident(b *testing.B) float64 {
 // consistency check off. Rounds of the two alternate, and begin when both are at rest.
 // The ratios are better the larger they are, but for memory.
 func BenchmarkPushStores(b *testing.B) {
-	gatewayAddress := fixedAddress(b)
-	gateway := &pushStoreUnderTest{name: "pushgateway", url: "http://" + gatewayAddress, process: start(b, "prometheus-pushgateway",
-		external(b, "prometheus-pushgateway"), "--persistence.file=", "--push.disable-consistency-check", "--web.enable-admin-api", "--web.listen-address="+gatewayAddress)}
-	gateway.awaitLog("[Ll]istening on|listen_address")
+	gateway := startGateway(b, "--persistence.file=", "--push.disable-consistency-check", "--web.enable-admin-api")
 	proxy := startProxy(b, "--storage.path="+b.TempDir(), "--log.level=info", "--web.enable-admin-api")
 	culvert := &pushStoreUnderTest{name: "culvert", url: proxy.url, process: proxy.process}
 	both := []*pushStoreUnderTest{culvert, gateway}
@@ -260,6 +266,26 @@ func BenchmarkPushStores(b *testing.B) {
 			}
 		})
 	}
+	b.Run("pushes/groups=1000/check=on", func(b *testing.B) {
+		const groups, few = 1000, 24 // with its check on the Pushgateway would take minutes for more
+		file := "--persistence.file=" + filepath.Join(b.TempDir(), "groups")
+		filled := startGateway(b, file, "--push.disable-consistency-check")
+		filled.pushes(b, &gauges, groups, groups)
+		awaitRest(b, []*pushStoreUnderTest{filled})
+		filled.stop()
+		checking := startGateway(b, file)
+		culvert.pushes(b, &gauges, groups, groups)
+		b.ResetTimer()
+		var rate, slow float64
+		for range b.N {
+			awaitRest(b, []*pushStoreUnderTest{culvert, checking})
+			rate += culvert.pushes(b, &gauges, perRound, groups) / float64(b.N)
+			slow += checking.pushes(b, &gauges, few, groups) / float64(b.N)
+		}
+		b.ReportMetric(rate, "pushes/s")
+		b.ReportMetric(slow, "pushgateway's-pushes/s")
+		b.ReportMetric(rate/slow, "x-pushgateway")
+	})
 	// What has changed since the last scrape is encoded and compressed; so all of it, or none.
 	for _, changed := range []int64{10_000, 0} {
 		b.Run(fmt.Sprintf("scrape/groups=10000/changed=%d", changed), func(b *testing.B) {
