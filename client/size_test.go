@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // maxSize is the most that the README promises for the binary of linux/amd64, in bytes.
@@ -17,10 +19,7 @@ const maxSize = 15_000_000
 func goCommand(t *testing.T, args ...string) string {
 	t.Helper()
 	if _, err := exec.LookPath("go"); err != nil {
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal("the go command is missing")
-		}
-		t.Skip("the go command is missing")
+		externaltest.Missing(t, "the go command is missing")
 	}
 	c := exec.CommandContext(t.Context(), "go", args...)
 	c.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOOS=linux", "GOARCH=amd64")

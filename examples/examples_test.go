@@ -35,6 +35,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/util/yaml"
 
+	"github.com/culvert-io/culvert/protocol/externaltest"
 	"github.com/culvert-io/culvert/proxy/server"
 )
 
@@ -149,20 +150,6 @@ func copyOfExamples(t *testing.T) string {
 	return dir
 }
 
-// external returns the path of a program that is not ours.
-func external(t *testing.T, name, debianPackage string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		message := name + " is not installed: apt-get install " + debianPackage
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
-	}
-	return path
-}
-
 // run runs a command in the folder of a file. It has to succeed.
 func run(t *testing.T, file, program string, args ...string) (output string) {
 	t.Helper()
@@ -178,14 +165,14 @@ func run(t *testing.T, file, program string, args ...string) (output string) {
 // tool is a program that takes the file behind its arguments.
 func tool(program, debianPackage string, args ...string) func(*testing.T, string) {
 	return func(t *testing.T, file string) {
-		run(t, file, external(t, program, debianPackage), append(args[:len(args):len(args)], file)...)
+		run(t, file, externaltest.Program(t, program, debianPackage), append(args[:len(args):len(args)], file)...)
 	}
 }
 
 // promtool is one that says SUCCESS.
 func promtool(args ...string) func(*testing.T, string) {
 	return func(t *testing.T, file string) {
-		if out := run(t, file, external(t, "promtool", "prometheus"), append(args[:len(args):len(args)], file)...); !strings.Contains(out, "SUCCESS") {
+		if out := run(t, file, externaltest.Program(t, "promtool", "prometheus"), append(args[:len(args):len(args)], file)...); !strings.Contains(out, "SUCCESS") {
 			t.Errorf("promtool did not look at it:\n%s", out)
 		}
 	}
@@ -263,12 +250,12 @@ func crontab(t *testing.T, file string) {
 	if err := os.WriteFile(own, entry.ReplaceAll(text, []byte("$1")), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	run(t, file, external(t, "crontab", "cron"), "-n", own)
+	run(t, file, externaltest.Program(t, "crontab", "cron"), "-n", own)
 }
 
 // units has systemd verify a unit, whose programs are not installed here.
 func units(t *testing.T, file string) {
-	analyze := external(t, "systemd-analyze", "systemd")
+	analyze := externaltest.Program(t, "systemd-analyze", "systemd")
 	folder := filepath.Dir(file)
 	found, err := filepath.Glob(filepath.Join(folder, "*.service"))
 	if err != nil {
@@ -338,10 +325,7 @@ func kustomize(t *testing.T, file string) {
 		return exec.CommandContext(t.Context(), "go", append([]string{"-C", filepath.Join(repository(t), "examples/kubernetes/kustomize")}, args...)...)
 	}
 	if out, err := command("mod", "download").CombinedOutput(); err != nil {
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatalf("kustomize can't be had: %v\n%s", err, out)
-		}
-		t.Skip("kustomize can't be had: go mod download fails")
+		externaltest.Missing(t, fmt.Sprintf("kustomize can't be had: %v: %s", err, out))
 	}
 	build := command("tool", "kustomize", "build", filepath.Dir(file))
 	var problems bytes.Buffer

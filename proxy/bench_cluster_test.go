@@ -11,6 +11,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // BenchmarkCluster tells, with 5,000 groups and 2,000 agents on three proxies, how long it
@@ -18,10 +20,10 @@ import (
 // until a push that one has acknowledged is on the others.
 func BenchmarkCluster(b *testing.B) {
 	const groups, agents, newAgents = 5000, 2000, 200
-	etcd := startEtcd(b)
+	etcd := externaltest.StartEtcd(b)
 	var proxies []*proxyProcess
 	for range 3 {
-		proxies = append(proxies, startProxy(b, "--cluster.etcd-endpoints="+etcd, "--cluster.listen-address=127.0.0.1:0"))
+		proxies = append(proxies, startProxy(b, "--cluster.etcd-endpoints="+etcd.URL, "--cluster.listen-address=127.0.0.1:0"))
 	}
 	for _, p := range proxies {
 		eventually(b, time.Minute, func() error {

@@ -21,6 +21,8 @@ import (
 	promclient "github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
 	"github.com/prometheus/common/expfmt"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // pushStoreUnderTest is a push store that BenchmarkPushStores measures.
@@ -33,8 +35,8 @@ type pushStoreUnderTest struct {
 
 // startGateway starts Debian's Pushgateway.
 func startGateway(b *testing.B, args ...string) *pushStoreUnderTest {
-	address := fixedAddress(b)
-	p := start(b, "prometheus-pushgateway", external(b, "prometheus-pushgateway"), append(args, "--web.listen-address="+address)...)
+	address := externaltest.FreeAddress(b)
+	p := start(b, "prometheus-pushgateway", externaltest.Program(b, "prometheus-pushgateway", "prometheus-pushgateway"), append(args, "--web.listen-address="+address)...)
 	p.awaitLog("[Ll]istening on|listen_address")
 	return &pushStoreUnderTest{name: "pushgateway", url: "http://" + address, process: p}
 }

@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // The cluster of TestCluster: each machine is a network namespace. The front network has
@@ -33,11 +35,7 @@ func newNetwork(t *testing.T) *network {
 	n := os.Getpid() % 256
 	w := &network{t: t, n: n, front: fmt.Sprintf("cvf%d", n), back: fmt.Sprintf("cvb%d", n)}
 	if out, err := exec.Command("ip", "link", "add", w.front, "type", "bridge").CombinedOutput(); err != nil {
-		message := fmt.Sprintf("this test makes networks: install iproute2, and run it as root: %v: %s", err, out)
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
+		externaltest.Missing(t, fmt.Sprintf("this test makes networks: install iproute2, and run it as root: %v: %s", err, out))
 	}
 	t.Cleanup(func() { w.ip("link", "del", w.front) })
 	w.ip("link", "add", w.back, "type", "bridge")
@@ -124,8 +122,8 @@ func TestCluster(t *testing.T) {
 	if raceEnabled {
 		t.Skip("ten programs that have to keep their times are too slow with the race detector: run it without -race")
 	}
-	etcd, nginx := external(t, "etcd"), external(t, "nginx")
-	external(t, "prometheus")
+	etcd, nginx := externaltest.Program(t, "etcd", "etcd-server"), externaltest.Program(t, "nginx", "nginx")
+	externaltest.Program(t, "prometheus", "prometheus")
 	if err := programs(); err != nil {
 		t.Fatal(err)
 	}
@@ -349,11 +347,7 @@ func startStream(t *testing.T, program, address string, proxies []*clusterProxy)
 	dir := t.TempDir()
 	const module = "/usr/lib/nginx/modules/ngx_stream_module.so"
 	if _, err := os.Stat(module); err != nil {
-		message := "nginx has no stream module: apt-get install libnginx-mod-stream"
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
+		externaltest.Missing(t, "nginx has no stream module: apt-get install libnginx-mod-stream")
 	}
 	servers := ""
 	for _, p := range proxies {

@@ -7,60 +7,19 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
-// startEtcd starts an etcd of one member and returns its URL.
-func startEtcd(t testing.TB) string {
-	t.Helper()
-	program, err := exec.LookPath("etcd")
-	if err != nil {
-		const message = "etcd is not installed: apt-get install etcd-server"
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
-	}
-	client, peer := "http://"+unusedAddress(t), "http://"+unusedAddress(t)
-	start(t, "etcd", program, "--data-dir="+filepath.Join(t.TempDir(), "etcd"), "--unsafe-no-fsync", "--logger=zap", "--log-level=error",
-		"--listen-client-urls="+client, "--advertise-client-urls="+client,
-		"--listen-peer-urls="+peer, "--initial-advertise-peer-urls="+peer, "--initial-cluster=default="+peer)
-	eventually(t, 30*time.Second, func() error {
-		resp, err := http.Get(client + "/health")
-		if err != nil {
-			return err
-		}
-		resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			return fmt.Errorf("etcd's health: %s", resp.Status)
-		}
-		return nil
-	})
-	return client
-}
-
-// unusedAddress returns an address of this host that nobody listens on.
-func unusedAddress(t testing.TB) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 // startMember starts a proxy of a cluster.
-func startMember(t testing.TB, etcd string, args ...string) *proxyProcess {
+func startMember(t testing.TB, etcd *externaltest.Etcd, args ...string) *proxyProcess {
 	t.Helper()
-	p := startProxy(t, append([]string{"--cluster.etcd-endpoints=" + etcd, "--cluster.listen-address=127.0.0.1:0", "--cluster.ttl=2s"}, args...)...)
+	p := startProxy(t, append([]string{"--cluster.etcd-endpoints=" + etcd.URL, "--cluster.listen-address=127.0.0.1:0", "--cluster.ttl=2s"}, args...)...)
 	p.awaitLog(`msg="Connected to the cluster"`)
 	return p
 }
@@ -104,7 +63,7 @@ func (p *proxyProcess) awaitAgent(name string, connected bool) {
 // that holds them meanwhile.
 func TestClusterKill(t *testing.T) {
 	t.Parallel()
-	etcd := startEtcd(t)
+	etcd := externaltest.StartEtcd(t)
 	killed, left, right := startMember(t, etcd), startMember(t, etcd), startMember(t, etcd)
 	exporter := serve(t, func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "e2e 1\n") })
 	port := exporter.URL[strings.LastIndex(exporter.URL, ":")+1:]
@@ -209,8 +168,8 @@ func (b *balancer) choose(addresses []string) string {
 // takes, whether their agents come through a balancer or know all of them.
 func TestClusterRollingRestart(t *testing.T) {
 	t.Parallel()
-	etcd := startEtcd(t)
-	addresses := []string{unusedAddress(t), unusedAddress(t), unusedAddress(t)}
+	etcd := externaltest.StartEtcd(t)
+	addresses := []string{externaltest.FreeAddress(t), externaltest.FreeAddress(t), externaltest.FreeAddress(t)}
 	begin := func(i int) *proxyProcess {
 		return startMember(t, etcd, "--web.listen-address="+addresses[i], "--web.shutdown-timeout=10s")
 	}

@@ -7,14 +7,16 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // startNginx starts an nginx whose location / has the given directives beside
 // proxy_pass to upstream, and returns its address.
 func startNginx(t *testing.T, upstream, directives string) string {
 	t.Helper()
-	program := external(t, "nginx")
-	dir, address := t.TempDir(), fixedAddress(t)
+	program := externaltest.Program(t, "nginx", "nginx")
+	dir, address := t.TempDir(), externaltest.FreeAddress(t)
 	temp := ""
 	for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
 		temp += fmt.Sprintf("%s_temp_path %s/%s;\n", kind, dir, kind)

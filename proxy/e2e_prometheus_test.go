@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 const web1 = "web-1.example.net"
@@ -26,7 +28,7 @@ func TestPrometheus(t *testing.T) {
 	t.Parallel()
 	node := startNodeExporter(t)
 	storage := "--storage.path=" + t.TempDir()
-	address := "--web.listen-address=" + fixedAddress(t)
+	address := "--web.listen-address=" + externaltest.FreeAddress(t)
 	proxy := startProxy(t, storage, address)
 	declared := "--target=node=" + node + "/metrics"
 	agent := startAgent(t, proxy.url, web1, declared)

@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // recovery is how long a store may take to find out that it can write again: it
@@ -208,22 +210,13 @@ func mayMount(t *testing.T) {
 	}
 }
 
-// cantMount ends a test that has the rights to mount and could not.
-func cantMount(t *testing.T, err error) {
-	t.Helper()
-	if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-		t.Fatalf("mount: %v", err)
-	}
-	t.Skipf("this test mounts a disk of its own: %v", err)
-}
-
 // mountTmpfs mounts a disk in memory and returns its directory.
 func mountTmpfs(t *testing.T, options string) string {
 	t.Helper()
 	mayMount(t)
 	dir := t.TempDir()
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
-		cantMount(t, err)
+		externaltest.Missing(t, fmt.Sprintf("this test mounts a disk of its own: %v", err))
 	}
 	unmountLater(t, dir)
 	return dir
@@ -263,11 +256,11 @@ func mountLoop(t *testing.T, size int64) *loopDisk {
 	}
 	program, err := exec.LookPath("mkfs.ext4")
 	if err != nil {
-		cantMount(t, fmt.Errorf("%w: apt-get install e2fsprogs", err))
+		externaltest.Missing(t, fmt.Sprintf("this test makes a file system: apt-get install e2fsprogs: %v", err))
 	}
 	command(t, program, "-q", d.image)
 	if err := d.mount(); err != nil {
-		cantMount(t, err)
+		externaltest.Missing(t, fmt.Sprintf("this test mounts a disk of its own: %v", err))
 	}
 	unmountLater(t, d.dir)
 	return d

@@ -16,6 +16,7 @@ import (
 
 	"github.com/culvert-io/culvert/gateway"
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // onceSender makes one push after the other, each with an ID. What had no answer is sent
@@ -91,7 +92,7 @@ func (s *onceSender) spool() string { return fmt.Sprintf("%x-0123456789", s.name
 // no answer.
 func TestPushOnceKill(t *testing.T) {
 	t.Parallel()
-	storage, address := "--storage.path="+t.TempDir(), "--web.listen-address="+fixedAddress(t)
+	storage, address := "--storage.path="+t.TempDir(), "--web.listen-address="+externaltest.FreeAddress(t)
 	add := func(group string) pushOp {
 		return pushOp{method: http.MethodPost, path: groupPath(group) + "?aggregate=sum", body: "# TYPE e2e_sum_total counter\ne2e_sum_total 1\n"}
 	}

@@ -16,6 +16,8 @@ import (
 	dto "github.com/prometheus/client_model/go"
 	"google.golang.org/protobuf/encoding/protodelim"
 	"google.golang.org/protobuf/encoding/prototext"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // A job that stops pushing is noticed: push_up falls, an alert fires, and after
@@ -146,7 +148,7 @@ func TestPrometheusPushgateway(t *testing.T) {
 // startPrometheusWith is startPrometheus with more flags.
 func startPrometheusWith(t *testing.T, scrapeConfigs string, args ...string) *prometheus {
 	t.Helper()
-	program := external(t, "prometheus")
+	program := externaltest.Program(t, "prometheus", "prometheus")
 	dir := t.TempDir()
 	file := write(t, dir, "prometheus.yml", "global: {scrape_interval: 1s, scrape_timeout: 1s}\nscrape_configs:\n"+scrapeConfigs)
 	args = append(args, "--config.file="+file, "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address=127.0.0.1:0")

@@ -19,12 +19,14 @@ import (
 
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // A kill -9 loses nothing that was acknowledged, and leaves nothing half done.
 func TestPushKill(t *testing.T) {
 	t.Parallel()
-	storage, address := "--storage.path="+t.TempDir(), "--web.listen-address="+fixedAddress(t)
+	storage, address := "--storage.path="+t.TempDir(), "--web.listen-address="+externaltest.FreeAddress(t)
 	one := func(method, group string, n int) pushOp {
 		return pushOp{method, groupPath(group), stamped(n, ""), []string{group}, n}
 	}
@@ -428,7 +430,7 @@ const pushedTarget, pushedExposition = "http://app." + web1 + "/metrics", "e2e_s
 func startPushed(t *testing.T, storage string) *pushed {
 	t.Helper()
 	exporter := serve(t, exposition(pushedExposition))
-	p := &pushed{t: t, args: []string{"--storage.path=" + storage, "--web.listen-address=" + fixedAddress(t)}, acked: map[string]int{}}
+	p := &pushed{t: t, args: []string{"--storage.path=" + storage, "--web.listen-address=" + externaltest.FreeAddress(t)}, acked: map[string]int{}}
 	p.proxyProcess = startProxy(t, p.args...)
 	startAgent(t, p.url, web1, "--target=app="+exporter.URL+"/metrics", "--proxy.retry.max-wait=500ms")
 	return p

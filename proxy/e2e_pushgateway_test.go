@@ -30,6 +30,8 @@ import (
 	"google.golang.org/protobuf/encoding/prototext"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // TestPushgateway sends the same requests to the Pushgateway that is installed and
@@ -39,7 +41,7 @@ import (
 func TestPushgateway(t *testing.T) {
 	t.Parallel()
 	started := time.Now()
-	reference := start(t, "pushgateway", external(t, "prometheus-pushgateway"),
+	reference := start(t, "pushgateway", externaltest.Program(t, "prometheus-pushgateway", "prometheus-pushgateway"),
 		"--persistence.file=", "--web.listen-address=127.0.0.1:0", "--web.enable-admin-api")
 	// It has a line for each push that it refused, which would bury the differences.
 	t.Cleanup(func() {

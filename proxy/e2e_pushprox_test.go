@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/culvert-io/culvert/protocol/externaltest"
 	"github.com/culvert-io/culvert/proxy/pushproxtest"
 )
 
@@ -30,7 +31,7 @@ func TestPushProxFleet(t *testing.T) {
 	exporterPort := exporter.URL[strings.LastIndex(exporter.URL, ":")+1:]
 	// A client that was told of the end comes back within 1.5 s, and where it comes too
 	// early, within 2.25 s more.
-	flags := []string{"--storage.path=" + t.TempDir(), "--web.listen-address=" + fixedAddress(t), "--scrape.reconnect-wait=4s"}
+	flags := []string{"--storage.path=" + t.TempDir(), "--web.listen-address=" + externaltest.FreeAddress(t), "--scrape.reconnect-wait=4s"}
 	proxy := startProxy(t, flags...)
 	names := []string{}
 	for i := range 3 {

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/bcrypt"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // What the proxy says to paste into Prometheus is valid, and scrapes all that is there:
@@ -19,7 +21,7 @@ import (
 // answered before, TLS that goes through, what jobs pushed, and the proxy itself.
 func TestScrapeConfig(t *testing.T) {
 	t.Parallel()
-	promtool := external(t, "promtool")
+	promtool := externaltest.Program(t, "promtool", "prometheus")
 	ca := newAuthority(t)
 	asked := serve(t, exposition("asked_for 1\n"))
 	answered := serve(t, func(w http.ResponseWriter, r *http.Request) {
@@ -93,7 +95,7 @@ func TestScrapeConfig(t *testing.T) {
 // With roles the placeholders stand where the credentials have to be.
 func TestScrapeConfigRoles(t *testing.T) {
 	t.Parallel()
-	promtool := external(t, "promtool")
+	promtool := externaltest.Program(t, "promtool", "prometheus")
 	hash, err := bcrypt.GenerateFromPassword([]byte("s3cret"), bcrypt.MinCost)
 	if err != nil {
 		t.Fatal(err)

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 const berlin1 = "web-1.berlin.example.net"
@@ -96,7 +98,7 @@ func TestToken(t *testing.T) {
 // it can't without.
 func TestSecureExample(t *testing.T) {
 	t.Parallel()
-	promtool := external(t, "promtool")
+	promtool := externaltest.Program(t, "promtool", "prometheus")
 	ca := newAuthority(t)
 	ca.server("127.0.0.1") // proxy
 	dir := ca.dir
@@ -165,7 +167,7 @@ func TestSecureExample(t *testing.T) {
     static_configs: [{targets: ["%3"]}]
 `)
 	file := write(t, dir, "prometheus.yml", text)
-	p := &prometheus{process: start(t, "prometheus", external(t, "prometheus"),
+	p := &prometheus{process: start(t, "prometheus", externaltest.Program(t, "prometheus", "prometheus"),
 		"--config.file="+file, "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address=127.0.0.1:0")}
 	p.url = "http://" + p.awaitLog(`msg="Listening on" address=(\S+)`)[1]
 	p.awaitLog(`Server is ready to receive web requests`)

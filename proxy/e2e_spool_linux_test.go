@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // cable leads to a network namespace.
@@ -26,11 +28,7 @@ func newCable(t *testing.T) *cable {
 	address := func(host int) string { return fmt.Sprintf("198.18.%d.%d", n>>6, n<<2&0xff+host) }
 	c := &cable{t: t, namespace: fmt.Sprintf("culvert-e2e-%d", n), link: fmt.Sprintf("cve2e%d", n), here: address(1)}
 	if out, err := exec.Command("ip", "netns", "add", c.namespace).CombinedOutput(); err != nil {
-		message := fmt.Sprintf("this test makes a network namespace: install iproute2, and run it as root: %v: %s", err, out)
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
+		externaltest.Missing(t, fmt.Sprintf("this test makes a network namespace: install iproute2, and run it as root: %v: %s", err, out))
 	}
 	t.Cleanup(func() { c.ip("netns", "del", c.namespace) }) // and the cable with it
 	c.ip("link", "add", c.link, "type", "veth", "peer", "name", "eth0", "netns", c.namespace)

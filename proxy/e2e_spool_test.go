@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/culvert-io/culvert/gateway"
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // spooling is an agent that takes pushes, and survives kills.
@@ -245,7 +246,7 @@ func newSpoolRun(t *testing.T, pushes int) *spoolRun {
 func TestSpool(t *testing.T) {
 	t.Parallel()
 	const pushes = 10_000
-	storage, address := "--storage.path="+t.TempDir(), "--web.listen-address="+fixedAddress(t)
+	storage, address := "--storage.path="+t.TempDir(), "--web.listen-address="+externaltest.FreeAddress(t)
 	straight := startProxy(t)
 	proxy := startProxy(t, storage, address)
 	agent := startSpooling(t, proxy.url, web1, nil)

@@ -29,10 +29,11 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 var programDir string // set by programs
@@ -218,24 +219,10 @@ func startAgent(t *testing.T, proxyURL, name string, args ...string) *process {
 	return p
 }
 
-// external returns the path of a program that is not ours.
-func external(t testing.TB, name string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		message := name + " is not installed: apt-get install " + name
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
-	}
-	return path
-}
-
 // startNodeExporter starts a node exporter and returns its base URL.
 func startNodeExporter(t *testing.T) string {
 	t.Helper()
-	p := start(t, "node exporter", external(t, "prometheus-node-exporter"), "--web.listen-address=127.0.0.1:0")
+	p := start(t, "node exporter", externaltest.Program(t, "prometheus-node-exporter", "prometheus-node-exporter"), "--web.listen-address=127.0.0.1:0")
 	return "http://" + p.awaitLog(`msg="Listening on" address=(\S+)`)[1]
 }
 
@@ -249,7 +236,7 @@ type prometheus struct {
 // scrapes once a second where they say nothing else.
 func startPrometheus(t *testing.T, scrapeConfigs string) *prometheus {
 	t.Helper()
-	program := external(t, "prometheus")
+	program := externaltest.Program(t, "prometheus", "prometheus")
 	dir := t.TempDir()
 	file := write(t, dir, "prometheus.yml", "global: {scrape_interval: 1s, scrape_timeout: 1s}\nscrape_configs:\n"+scrapeConfigs)
 	p := &prometheus{process: start(t, "prometheus", program,
@@ -522,23 +509,6 @@ func port(t *testing.T, s *httptest.Server) string {
 		t.Fatal(err)
 	}
 	return port
-}
-
-var lastPort atomic.Int32
-
-// fixedAddress returns a free address that stays free when its listener is gone
-// for a while: the kernel gives ports below 32768 to nobody who doesn't ask.
-func fixedAddress(t testing.TB) string {
-	t.Helper()
-	for range 5000 {
-		address := fmt.Sprintf("127.0.0.1:%d", 20000+(os.Getpid()+int(lastPort.Add(1)))%12000)
-		if l, err := net.Listen("tcp", address); err == nil {
-			l.Close()
-			return address
-		}
-	}
-	t.Fatal("no port is free")
-	return ""
 }
 
 func write(t *testing.T, dir, name, text string) string {

@@ -24,6 +24,8 @@ import (
 	"google.golang.org/protobuf/encoding/protodelim"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 const delimited = "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited"
@@ -305,7 +307,7 @@ func TestImportErrors(t *testing.T) {
 		io.WriteString(w, noGroups)
 	}).URL
 	slow := serve(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }).URL
-	closed := "http://" + fixedAddress(t)
+	closed := "http://" + externaltest.FreeAddress(t)
 	for name, test := range map[string]struct{ from, to, want string }{
 		"no URL":           {"old-pushgateway:9091", empty, "--from: use a whole base URL, as in http://"},
 		"no server":        {closed, empty, "--from=" + closed + ": can't be reached: "},
@@ -400,7 +402,7 @@ func TestImportStops(t *testing.T) {
 // startPushgateway starts a Pushgateway without persistence and returns its base URL.
 func startPushgateway(t *testing.T, args ...string) string {
 	t.Helper()
-	program := external(t, "prometheus-pushgateway")
+	program := externaltest.Program(t, "prometheus-pushgateway", "prometheus-pushgateway")
 	p := start(t, "pushgateway", program, append(args, "--web.listen-address=127.0.0.1:0", "--persistence.file=")...)
 	return "http://" + p.awaitLog(`msg="Listening on" address=(\S+)`)[1]
 }

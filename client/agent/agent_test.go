@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -19,6 +18,7 @@ import (
 	"github.com/culvert-io/culvert/client/agent"
 	"github.com/culvert-io/culvert/client/httpclient"
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/protocol/externaltest"
 	"github.com/culvert-io/culvert/proxy/server"
 )
 
@@ -60,7 +60,7 @@ func TestTwoProxies(t *testing.T) {
 	t.Parallel()
 	left, right := newProxy(t, nil), newProxy(t, nil)
 	base, _ := newTarget(t, nil)
-	down := closedAddress(t)
+	down := externaltest.FreeAddress(t)
 	a := newAgent(t, left, func(c *agent.Config) {
 		c.ProxyURLs = []string{"http://" + down, left.url, right.url}
 		c.Targets = []agent.Target{{Name: "node", URL: base}}
@@ -76,16 +76,6 @@ func TestTwoProxies(t *testing.T) {
 	right.want("http://node.web-1/metrics", 200, "up 1")
 	right.want("http://agent.web-1/metrics", 200, `culvert_client_connected{proxy="`+left.url+`"} 0`)
 	right.want("http://agent.web-1/metrics", 200, `culvert_client_connected{proxy="`+right.url+`"} 1`)
-}
-
-func closedAddress(t *testing.T) string {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	return ln.Addr().String()
 }
 
 // TestOneNameTwoAgents: the first stays, the second logs why it can't.
@@ -128,7 +118,7 @@ func TestRestart(t *testing.T) {
 // proxy does.
 func TestProxyRestarts(t *testing.T) {
 	t.Parallel()
-	address := closedAddress(t)
+	address := externaltest.FreeAddress(t)
 	a := startAgent(t, nil, func(c *agent.Config) { c.ProxyURLs = []string{"http://" + address} })
 	a.logs.wait(t, "Not connected", "connection refused")
 	at := func(c *server.Config) { c.ListenAddresses = []string{address} }
@@ -529,7 +519,7 @@ func TestScrape(t *testing.T) {
 	t.Parallel()
 	base, port := newTarget(t, say(strings.Repeat("up 1\n", 50_000)))
 	a, err := agent.New(agent.Config{Name: "web-1", ProxyURLs: []string{"proxy"}, LocalHost: "127.0.0.1",
-		Targets: []agent.Target{{Name: "node", URL: base}, {Name: "dead", URL: "http://" + closedAddress(t)}}})
+		Targets: []agent.Target{{Name: "node", URL: base}, {Name: "dead", URL: "http://" + externaltest.FreeAddress(t)}}})
 	if err != nil {
 		t.Fatal(err)
 	}

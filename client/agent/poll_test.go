@@ -26,6 +26,7 @@ import (
 
 	"github.com/culvert-io/culvert/client/agent"
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/protocol/externaltest"
 	"github.com/culvert-io/culvert/proxy/server"
 )
 
@@ -457,7 +458,7 @@ func TestNoPolling(t *testing.T) {
 // back, while a scraper scrapes; nothing is lost but what meets the restart itself.
 func TestPushProxUpgrade(t *testing.T) {
 	t.Parallel()
-	address := closedAddress(t)
+	address := externaltest.FreeAddress(t)
 	_, port := newTarget(t, nil)
 	n, _ := strconv.ParseUint(port, 10, 16)
 	old := newPushProx(t, address)

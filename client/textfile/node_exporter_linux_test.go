@@ -22,6 +22,7 @@ import (
 	"github.com/prometheus/common/model"
 
 	"github.com/culvert-io/culvert/client/textfile"
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // nobody is a user that may read what everybody may.
@@ -110,14 +111,7 @@ func TestFIFO(t *testing.T) {
 // and returns the URL of its metrics.
 func startNodeExporter(t *testing.T, directories string) string {
 	t.Helper()
-	program, err := exec.LookPath("prometheus-node-exporter")
-	if err != nil {
-		const message = "prometheus-node-exporter is not installed: apt-get install prometheus-node-exporter"
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
-	}
+	program := externaltest.Program(t, "prometheus-node-exporter", "prometheus-node-exporter")
 	cmd := exec.Command(program, "--web.listen-address=127.0.0.1:0", "--web.disable-exporter-metrics",
 		"--collector.disable-defaults", "--collector.textfile", "--collector.textfile.directory="+directories)
 	if os.Getuid() == 0 {

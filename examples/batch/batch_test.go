@@ -30,6 +30,7 @@ import (
 	"github.com/prometheus/common/model"
 
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/protocol/externaltest"
 	"github.com/culvert-io/culvert/proxy/fleet"
 	"github.com/culvert-io/culvert/proxy/server"
 )
@@ -58,20 +59,6 @@ func TestMain(m *testing.M) {
 		}
 		return m.Run()
 	}())
-}
-
-// external returns the path of a program that is not ours.
-func external(t *testing.T, name, debianPackage string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		message := name + " is not installed: apt-get install " + debianPackage
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
-	}
-	return path
 }
 
 // startProxy starts a proxy and returns its address.
@@ -193,7 +180,7 @@ func TestCommands(t *testing.T) {
 		env        []string
 	}{{"cron", cronLine, cronEnv}, {"systemd", serviceLine, serviceEnv}} {
 		t.Run(c.name, func(t *testing.T) {
-			external(t, "tar", "tar")
+			externaltest.Program(t, "tar", "tar")
 			proxy := startProxy(t)
 			dir := t.TempDir()
 			data, archive := filepath.Join(dir, "data"), filepath.Join(dir, "data.tar")
@@ -250,7 +237,7 @@ func TestCommands(t *testing.T) {
 		})
 	}
 	t.Run("by hand", func(t *testing.T) {
-		external(t, "tar", "tar")
+		externaltest.Program(t, "tar", "tar")
 		if code, out := command(t, `unset CULVERT_METRICS_FILE; backup.sh . "$ARCHIVE"`, "ARCHIVE="+filepath.Join(t.TempDir(), "data.tar")); code != 0 || out != "" {
 			t.Errorf("exit code %d\n%s", code, out)
 		}
@@ -280,7 +267,7 @@ func scrape(t *testing.T, proxy string) map[string]float64 {
 
 // TestUnits has systemd check the service and the timer.
 func TestUnits(t *testing.T) {
-	analyze := external(t, "systemd-analyze", "systemd")
+	analyze := externaltest.Program(t, "systemd-analyze", "systemd")
 	dir := t.TempDir()
 	for _, name := range []string{"backup.service", "backup.timer"} {
 		text, err := os.ReadFile(name)
@@ -305,7 +292,7 @@ func TestUnits(t *testing.T) {
 
 // TestRules has promtool check the configuration and the alerts.
 func TestRules(t *testing.T) {
-	promtool := external(t, "promtool", "prometheus")
+	promtool := externaltest.Program(t, "promtool", "prometheus")
 	for _, args := range [][]string{{"check", "config", "prometheus.yml"}, {"test", "rules", "alerts_test.yml"}} {
 		if out, err := exec.CommandContext(t.Context(), promtool, args...).CombinedOutput(); err != nil || !strings.Contains(string(out), "SUCCESS") {
 			t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
@@ -330,7 +317,7 @@ func TestRules(t *testing.T) {
 // host, with prometheus.yml, and waits for an alert: it has the job that was pushed,
 // and the agent's name.
 func TestPrometheus(t *testing.T) {
-	program := external(t, "prometheus", "prometheus")
+	program := externaltest.Program(t, "prometheus", "prometheus")
 	front, store := startProxy(t), startProxy(t)
 	if code, out := command(t, "culvert-client run --job=backup --grouping=instance=somebody-else -- sh -c 'exit 3'", "CULVERT_PUSH_URL=http://"+store); code != 3 || out != "" {
 		t.Fatalf("exit code %d\n%s", code, out)

@@ -23,21 +23,9 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/util/yaml"
-)
 
-// external returns the path of a program that is not ours.
-func external(t *testing.T, name, debian string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		message := name + " is not installed: apt-get install " + debian
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
-	}
-	return path
-}
+	"github.com/culvert-io/culvert/protocol/externaltest"
+)
 
 // objects reads the manifests. Kubernetes' own types, read strictly, are the schema: a
 // field that they don't have, or have with another type, is an error.
@@ -176,7 +164,7 @@ func hasPort(set *appsv1.StatefulSet, want corev1.ServicePort) bool {
 
 // TestPrometheusConfig has promtool check the configuration.
 func TestPrometheusConfig(t *testing.T) {
-	promtool := external(t, "promtool", "prometheus")
+	promtool := externaltest.Program(t, "promtool", "prometheus")
 	if out, err := exec.Command(promtool, "check", "config", "kubernetes/prometheus.yml").CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
@@ -184,9 +172,9 @@ func TestPrometheusConfig(t *testing.T) {
 
 // TestScript runs cluster.sh as it stands, until both of its Prometheis see everything.
 func TestScript(t *testing.T) {
-	external(t, "etcd", "etcd-server")
-	external(t, "prometheus", "prometheus")
-	external(t, "curl", "curl")
+	externaltest.Program(t, "etcd", "etcd-server")
+	externaltest.Program(t, "prometheus", "prometheus")
+	externaltest.Program(t, "curl", "curl")
 	script := exec.Command("./cluster.sh", "--once")
 	script.Env = append(os.Environ(), "PORT="+strconv.Itoa(freePorts(t)), "TMPDIR="+t.TempDir())
 	var out bytes.Buffer

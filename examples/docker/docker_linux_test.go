@@ -18,16 +18,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
-)
 
-// missing skips the test, or fails it where it has to run.
-func missing(t *testing.T, message string) {
-	t.Helper()
-	if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-		t.Fatal(message)
-	}
-	t.Skip(message)
-}
+	"github.com/culvert-io/culvert/protocol/externaltest"
+)
 
 // plan is what lint prints.
 type plan struct {
@@ -48,10 +41,10 @@ type plan struct {
 // its root, and as the image's user.
 func TestImages(t *testing.T) {
 	if os.Getuid() != 0 {
-		missing(t, "only root can run a program in a root of its own")
+		externaltest.Missing(t, "only root can run a program in a root of its own")
 	}
 	if out, err := exec.Command("go", "-C", "lint", "mod", "download").CombinedOutput(); err != nil {
-		missing(t, "BuildKit's parser can't be had: "+string(out))
+		externaltest.Missing(t, "BuildKit's parser can't be had: "+string(out))
 	}
 	lint := filepath.Join(t.TempDir(), "lint")
 	if out, err := exec.Command("go", "-C", "lint", "build", "-o", lint, ".").CombinedOutput(); err != nil {
@@ -181,7 +174,7 @@ func carryOut(t *testing.T, p plan) (root, user string) {
 			info, err := os.Stat(source)
 			if err != nil {
 				if strings.HasPrefix(source, "/etc/ssl") {
-					missing(t, "there are no CA certificates here: apt-get install ca-certificates")
+					externaltest.Missing(t, "there are no CA certificates here: apt-get install ca-certificates")
 				}
 				t.Fatal(err)
 			}

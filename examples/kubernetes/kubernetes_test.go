@@ -27,6 +27,8 @@ import (
 	"k8s.io/apimachinery/pkg/util/yaml"
 	podsecurity "k8s.io/pod-security-admission/api"
 	"k8s.io/pod-security-admission/policy"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // bin has kustomize and both programs.
@@ -62,11 +64,7 @@ var buildPrograms = sync.OnceValues(func() ([]byte, error) {
 func kustomize(t *testing.T, dir string) []byte {
 	t.Helper()
 	if out, err := exec.Command("go", "-C", "kustomize", "mod", "download").CombinedOutput(); err != nil {
-		message := "kustomize can't be had: " + string(out)
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
+		externaltest.Missing(t, "kustomize can't be had: "+string(out))
 	}
 	if out, err := buildKustomize(); err != nil {
 		t.Fatalf("%v\n%s", err, out)

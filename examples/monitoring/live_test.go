@@ -31,6 +31,8 @@ import (
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/promql/parser"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // TestLive runs the real programs: two proxies that share an etcd, a third one with roles,
@@ -38,7 +40,7 @@ import (
 // configuration. Every metric and label in rules and dashboard is there, every rule can be
 // evaluated, every panel gets data, or says when it has none, and alerts name what is wrong.
 func TestLive(t *testing.T) {
-	prometheus, etcd := external(t, "prometheus", "prometheus"), external(t, "etcd", "etcd-server")
+	prometheus := externaltest.Program(t, "prometheus", "prometheus")
 	dir := t.TempDir()
 	for _, name := range []string{"proxy", "client"} {
 		if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(dir, name), "../../"+name).CombinedOutput(); err != nil {
@@ -54,16 +56,12 @@ func TestLive(t *testing.T) {
 		return path
 	}
 
-	endpoint := "http://" + freeAddress(t)
-	peer := "http://" + freeAddress(t)
-	start(t, "etcd", etcd, "--data-dir="+filepath.Join(dir, "etcd"), "--unsafe-no-fsync", "--log-level=error",
-		"--listen-client-urls="+endpoint, "--advertise-client-urls="+endpoint, "--listen-peer-urls="+peer, "--initial-advertise-peer-urls="+peer, "--initial-cluster=default="+peer)
-	await(t, func() error { return get(endpoint+"/health", nil) })
+	endpoint := externaltest.StartEtcd(t).URL
 
 	// Agents reach the first proxy by TLS, so that there is a certificate.
 	certificate(t, dir)
 	web := write("web.yml", "tls_server_config: {cert_file: cert.pem, key_file: key.pem}\n")
-	agents := freeAddress(t)
+	agents := externaltest.FreeAddress(t)
 	var proxies []string
 	var last *program
 	for i, extra := range [][]string{
@@ -79,7 +77,7 @@ roles:
 	} {
 		write("password", "s3cret")
 		write("token", "0123456789abcdef")
-		address := freeAddress(t)
+		address := externaltest.FreeAddress(t)
 		proxies = append(proxies, address)
 		last = start(t, fmt.Sprintf("proxy %d", i+1), filepath.Join(dir, "proxy"), append(extra, "--web.listen-address="+address, "--storage.path="+filepath.Join(dir, address))...)
 	}
@@ -98,7 +96,7 @@ roles:
 		{"db-1", []string{"--proxy-url=http://" + proxies[2], "--token-file=" + write("wrong", "fedcba9876543210")}},
 	} {
 		write("textfiles/bad.prom", "no exposition at all {")
-		pushes[agent.name] = freeAddress(t)
+		pushes[agent.name] = externaltest.FreeAddress(t)
 		restart[agent.name] = func() {
 			running[agent.name] = start(t, agent.name, filepath.Join(dir, "client"), append(agent.args, "--fqdn="+agent.name, "--metrics-addr=",
 				"--storage.path="+filepath.Join(dir, agent.name), "--push.listen-address="+pushes[agent.name])...)
@@ -137,7 +135,7 @@ roles:
 	if err != nil {
 		t.Fatal(err)
 	}
-	itself := freeAddress(t)
+	itself := externaltest.FreeAddress(t)
 	config := string(text)
 	for _, edit := range [][2]string{
 		{"global: {scrape_interval: 15s}", "global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 1s}"},
@@ -446,17 +444,6 @@ func (b *lockedBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.all.String()
-}
-
-// freeAddress returns an address of this host that nobody listens on.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 // certificate writes cert.pem, which is its own authority, and key.pem.

@@ -16,21 +16,9 @@ import (
 
 	"github.com/prometheus/common/model"
 	"go.yaml.in/yaml/v2"
-)
 
-// external returns the path of a program that is not ours.
-func external(t *testing.T, name, debianPackage string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		message := name + " is not installed: apt-get install " + debianPackage
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
-	}
-	return path
-}
+	"github.com/culvert-io/culvert/protocol/externaltest"
+)
 
 // rule is a recording rule or an alert.
 type rule struct {
@@ -91,7 +79,7 @@ func read(t *testing.T, file string, into any) {
 
 // TestRules has promtool check the configuration with its rules, and run their tests.
 func TestRules(t *testing.T) {
-	promtool := external(t, "promtool", "prometheus")
+	promtool := externaltest.Program(t, "promtool", "prometheus")
 	tests, err := filepath.Glob("*_test.yml")
 	if err != nil || len(tests) == 0 {
 		t.Fatalf("no tests: %v", err)

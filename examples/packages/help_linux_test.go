@@ -8,13 +8,15 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // unpack returns a directory with the files of the Debian package.
 func unpack(t *testing.T, name string) string {
 	t.Helper()
 	dir := t.TempDir()
-	if out, err := exec.Command(external(t, "dpkg-deb", "dpkg"), "--extract", deb(t, name), dir).CombinedOutput(); err != nil {
+	if out, err := exec.Command(externaltest.Program(t, "dpkg-deb", "dpkg"), "--extract", deb(t, name), dir).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	return dir
@@ -22,8 +24,8 @@ func unpack(t *testing.T, name string) string {
 
 // TestManPages has mandoc and man-db read the pages.
 func TestManPages(t *testing.T) {
-	mandoc := external(t, "mandoc", "mandoc")
-	lexgrog := external(t, "lexgrog", "man-db")
+	mandoc := externaltest.Program(t, "mandoc", "mandoc")
+	lexgrog := externaltest.Program(t, "lexgrog", "man-db")
 	for _, name := range names {
 		page := filepath.Join(unpack(t, name), "usr/share/man/man1", name+".1.gz")
 		if out, err := exec.Command(mandoc, "-T", "lint", "-W", "warning", page).CombinedOutput(); err != nil || len(out) > 0 {
@@ -78,7 +80,7 @@ var completions = []struct{ line, want string }{
 
 // TestBashCompletion has bash complete what people may have typed.
 func TestBashCompletion(t *testing.T) {
-	bash := external(t, "bash", "bash")
+	bash := externaltest.Program(t, "bash", "bash")
 	for _, name := range names {
 		dir := unpack(t, name)
 		script := filepath.Join(dir, "usr/share/bash-completion/completions", name)
@@ -101,7 +103,7 @@ func TestBashCompletion(t *testing.T) {
 
 // TestZshCompletion has zsh, on a terminal of its own, complete a line at the first try.
 func TestZshCompletion(t *testing.T) {
-	zsh := external(t, "zsh", "zsh")
+	zsh := externaltest.Program(t, "zsh", "zsh")
 	for _, name := range names {
 		dir := unpack(t, name)
 		functions := filepath.Join(dir, "usr/share/zsh/vendor-completions")

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // machine is a systemd that was started in namespaces of its own, on a copy of this
@@ -27,12 +29,12 @@ type machine struct {
 func startMachine(t *testing.T) *machine {
 	t.Helper()
 	if os.Getuid() != 0 {
-		missing(t, "only root can start a systemd to install the packages under")
+		externaltest.Missing(t, "only root can start a systemd to install the packages under")
 	}
-	external(t, "nsenter", "util-linux")
-	external(t, "ip", "iproute2")
-	external(t, "systemctl", "systemd")
-	external(t, "curl", "curl")
+	externaltest.Program(t, "nsenter", "util-linux")
+	externaltest.Program(t, "ip", "iproute2")
+	externaltest.Program(t, "systemctl", "systemd")
+	externaltest.Program(t, "curl", "curl")
 	cgroup := fmt.Sprintf("culvert-test-%d", os.Getpid())
 	cmd := exec.Command("testdata/machine.sh", t.TempDir(), cgroup)
 	cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -42,7 +44,7 @@ func startMachine(t *testing.T) *machine {
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	if err := cmd.Start(); err != nil {
-		missing(t, "no namespaces to start a systemd in: "+err.Error())
+		externaltest.Missing(t, "no namespaces to start a systemd in: "+err.Error())
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
@@ -68,7 +70,7 @@ func startMachine(t *testing.T) *machine {
 		select {
 		case err := <-ended:
 			gone = true
-			missing(t, fmt.Sprintf("no systemd can be started here: %v: %s", err, &stderr))
+			externaltest.Missing(t, fmt.Sprintf("no systemd can be started here: %v: %s", err, &stderr))
 		case <-deadline:
 			t.Fatalf("systemd doesn't take orders\n%s", &stderr)
 		case <-time.After(50 * time.Millisecond): // before it listens there is nothing to wait for

@@ -13,31 +13,14 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // version of the packages that the tests build.
 const version = "1.2.3~test"
 
 var names = []string{"culvert-proxy", "culvert-client"}
-
-// missing skips the test, or fails it where it has to run.
-func missing(t *testing.T, message string) {
-	t.Helper()
-	if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-		t.Fatal(message)
-	}
-	t.Skip(message)
-}
-
-// external returns the path of a program that is not ours.
-func external(t *testing.T, name, debian string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		missing(t, name+" is not installed: apt-get install "+debian)
-	}
-	return path
-}
 
 // built is the directory of the packages.
 var built string
@@ -77,7 +60,7 @@ func rpm(t *testing.T, name string) string { return pkg(t, name+"-"+version+"-1.
 func pkg(t *testing.T, pattern string) string {
 	t.Helper()
 	if err := download(); err != nil {
-		missing(t, "nfpm can't be had: "+err.Error())
+		externaltest.Missing(t, "nfpm can't be had: "+err.Error())
 	}
 	if out, err := build(); err != nil {
 		t.Fatalf("build.sh: %v\n%s", err, out)
@@ -155,10 +138,10 @@ func leftFiles(root, name, format string) []string {
 // programs in it, and no systemd runs there. The packages' scripts run with this machine's
 // programs, and then without systemd's.
 func TestDpkg(t *testing.T) {
-	external(t, "dpkg", "dpkg")
-	external(t, "systemctl", "systemd")
+	externaltest.Program(t, "dpkg", "dpkg")
+	externaltest.Program(t, "systemctl", "systemd")
 	if os.Getuid() != 0 {
-		missing(t, "only root can install packages")
+		externaltest.Missing(t, "only root can install packages")
 	}
 	t.Run("systemd", func(t *testing.T) { testDpkg(t, true) })
 	t.Run("without systemd", func(t *testing.T) {

@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // property returns a property of a unit.
@@ -43,7 +45,7 @@ func (m *machine) awaitJournal(unit, want string) {
 // TestService installs the packages where a systemd runs, and has it run them with all
 // that the units forbid them: start, scrape, reload, upgrade, stop, removal.
 func TestService(t *testing.T) {
-	external(t, "dpkg", "dpkg")
+	externaltest.Program(t, "dpkg", "dpkg")
 	proxyPackage, clientPackage := deb(t, "culvert-proxy"), deb(t, "culvert-client")
 	m := startMachine(t)
 	for _, path := range []string{proxyPackage, clientPackage} {
@@ -205,7 +207,7 @@ var unknownBefore254 = regexp.MustCompile(`Unknown key '(RestartSteps|RestartMax
 
 // TestRPM looks at the rpm packages, and installs and removes them where a systemd runs.
 func TestRPM(t *testing.T) {
-	external(t, "rpm", "rpm")
+	externaltest.Program(t, "rpm", "rpm")
 	m := startMachine(t)
 	for _, name := range names {
 		t.Run(name, func(t *testing.T) {

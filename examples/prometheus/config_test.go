@@ -6,17 +6,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // TestConfigs has promtool check every configuration in this folder.
 func TestConfigs(t *testing.T) {
-	promtool, err := exec.LookPath("promtool")
-	if err != nil {
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal("promtool is not installed: apt-get install prometheus")
-		}
-		t.Skip("promtool is not installed: apt-get install prometheus")
-	}
+	promtool := externaltest.Program(t, "promtool", "prometheus")
 	files, err := filepath.Glob("*.yml")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no configurations: %v", err)

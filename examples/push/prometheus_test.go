@@ -15,12 +15,14 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // TestPrometheus has a real Prometheus scrape the proxy with prometheus.yml, and
 // waits for the alerts of alerts.yml.
 func TestPrometheus(t *testing.T) {
-	program := external(t, "prometheus", "prometheus")
+	program := externaltest.Program(t, "prometheus", "prometheus")
 	proxy := startProxy(t)
 
 	pushTo := func(group, body string, header http.Header) *http.Response {

@@ -21,29 +21,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
+	"github.com/culvert-io/culvert/protocol/externaltest"
 	"github.com/culvert-io/culvert/proxy/fleet"
 	"github.com/culvert-io/culvert/proxy/server"
 )
-
-// missing skips a test that wants a program which isn't there.
-func missing(t *testing.T, what, install string) {
-	t.Helper()
-	message := what + " is not installed: " + install
-	if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-		t.Fatal(message)
-	}
-	t.Skip(message)
-}
-
-// external returns the path of a program that is not ours.
-func external(t *testing.T, name, debianPackage string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		missing(t, name, "apt-get install "+debianPackage)
-	}
-	return path
-}
 
 // python returns a Python that has prometheus_client. Debian's package is for
 // Debian's Python, which needs not be the first in the PATH.
@@ -54,7 +35,7 @@ func python(t *testing.T) string {
 			return program
 		}
 	}
-	missing(t, "prometheus_client for Python", "apt-get install python3-prometheus-client")
+	externaltest.Missing(t, "prometheus_client for Python is not installed: apt-get install python3-prometheus-client")
 	return ""
 }
 
@@ -62,7 +43,7 @@ func python(t *testing.T) string {
 // NODE_PATH, among npm's global packages, or in this folder after npm install.
 func node(t *testing.T) (program, env string) {
 	t.Helper()
-	program = external(t, "node", "nodejs")
+	program = externaltest.Program(t, "node", "nodejs")
 	local, err := filepath.Abs("node_modules")
 	if err != nil {
 		t.Fatal(err)
@@ -72,7 +53,7 @@ func node(t *testing.T) (program, env string) {
 	find := exec.CommandContext(t.Context(), program, "--eval", "require('prom-client')")
 	find.Env = append(os.Environ(), env)
 	if find.Run() != nil {
-		missing(t, "prom-client for Node.js", "npm install --global prom-client")
+		externaltest.Missing(t, "prom-client for Node.js is not installed: npm install --global prom-client")
 	}
 	return program, env
 }
@@ -217,8 +198,8 @@ func succeed(t *testing.T, url string, env []string, program string, args ...str
 
 // TestCurl runs curl.sh, and compares the scrapes that it prints.
 func TestCurl(t *testing.T) {
-	external(t, "curl", "curl")
-	sh := external(t, "sh", "dash")
+	externaltest.Program(t, "curl", "curl")
+	sh := externaltest.Program(t, "sh", "dash")
 	url := startProxy(t)
 	steps := strings.Split(succeed(t, url, nil, sh, "curl.sh"), "\n== ")
 	if steps[0] != "" {
@@ -267,9 +248,9 @@ func TestCurl(t *testing.T) {
 
 // TestBackup runs backup.sh as cron would, in good and in bad times.
 func TestBackup(t *testing.T) {
-	external(t, "curl", "curl")
-	external(t, "tar", "tar")
-	sh := external(t, "sh", "dash")
+	externaltest.Program(t, "curl", "curl")
+	externaltest.Program(t, "tar", "tar")
+	sh := externaltest.Program(t, "sh", "dash")
 	url := startProxy(t)
 	dir := t.TempDir()
 	source, archive := filepath.Join(dir, "data"), filepath.Join(dir, "data.tar")
@@ -445,7 +426,7 @@ func TestLineCount(t *testing.T) {
 
 // TestRules has promtool check the configuration and the alerts.
 func TestRules(t *testing.T) {
-	promtool := external(t, "promtool", "prometheus")
+	promtool := externaltest.Program(t, "promtool", "prometheus")
 	succeed(t, "", nil, promtool, "check", "config", "prometheus.yml")
 	out := succeed(t, "", nil, promtool, "test", "rules", "alerts_test.yml")
 	if !strings.Contains(out, "SUCCESS") {

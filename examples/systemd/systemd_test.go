@@ -10,25 +10,13 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // maxExposure is ten times the score that systemd may give, of 0 to 10. That of Debian 12
 // (252) gives 1.1, as the README says; newer ones look at more.
 const maxExposure = "15"
-
-// external returns the path of a program that is not ours.
-func external(t *testing.T, name, debian string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		message := name + " is not installed: apt-get install " + debian
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
-	}
-	return path
-}
 
 var programs = []string{"proxy", "client"}
 
@@ -58,7 +46,7 @@ func program(kind string) string { return filepath.Join(bin, "culvert-"+kind) }
 
 // TestUnits has systemd check the units, and say how much they shut in.
 func TestUnits(t *testing.T) {
-	analyze := external(t, "systemd-analyze", "systemd")
+	analyze := externaltest.Program(t, "systemd-analyze", "systemd")
 	for _, kind := range programs {
 		t.Run(kind, func(t *testing.T) {
 			name := "culvert-" + kind + ".service"
@@ -94,7 +82,7 @@ var unknownBefore254 = regexp.MustCompile(`Unknown key '(RestartSteps|RestartMax
 
 // TestSysusers has systemd make the users.
 func TestSysusers(t *testing.T) {
-	sysusers := external(t, "systemd-sysusers", "systemd")
+	sysusers := externaltest.Program(t, "systemd-sysusers", "systemd")
 	for _, kind := range programs {
 		path, err := filepath.Abs("culvert-" + kind + ".sysusers")
 		if err != nil {

@@ -64,7 +64,7 @@ func BenchmarkPush(b *testing.B) {
 	}
 	for _, clients := range []int{1, clients} {
 		b.Run(fmt.Sprint("etcd/clients=", clients), func(b *testing.B) {
-			client := newClient(b, sharedEtcd(b).client)
+			client := newClient(b, sharedEtcd(b).Address)
 			value := strings.Repeat("x", 700) // what such a record takes, packed
 			parallel(b, clients, func(n int) {
 				if _, err := client.Put(b.Context(), fmt.Sprint("bench/", n%groups), value); err != nil {

@@ -23,6 +23,7 @@ import (
 
 	"github.com/culvert-io/culvert/gateway"
 	"github.com/culvert-io/culvert/gateway/etcdstore"
+	"github.com/culvert-io/culvert/protocol/externaltest"
 )
 
 // proxy is a push store in etcd.
@@ -89,7 +90,7 @@ func several(t testing.TB, n int, config gateway.StoreConfig) (proxies []*proxy,
 	m := sharedEtcd(t)
 	prefix = "culvert/" + t.Name() + "/"
 	for range n {
-		client = newClient(t, m.client)
+		client = newClient(t, m.Address)
 		proxies = append(proxies, start(t, client, prefix, config))
 	}
 	return proxies, client, prefix
@@ -342,8 +343,8 @@ func TestCompaction(t *testing.T) {
 	t.Parallel()
 	m := sharedEtcd(t)
 	prefix := "culvert/" + t.Name()
-	r := newRelay(t, m.client)
-	client := newClient(t, m.client)
+	r := newRelay(t, m.Address)
+	client := newClient(t, m.Address)
 	a := start(t, client, prefix, gateway.StoreConfig{})
 	b := start(t, newClient(t, r.address), prefix, gateway.StoreConfig{})
 	a.want(200, "PUT", "/stays", "m 1\n")
@@ -386,12 +387,12 @@ func TestCompaction(t *testing.T) {
 // While etcd is away scrapes are answered from memory, and pushes with 503.
 func TestEtcdAway(t *testing.T) {
 	t.Parallel()
-	m := ownEtcd(t, 1)[0]
-	client := newClient(t, m.client)
+	m := externaltest.StartEtcd(t)
+	client := newClient(t, m.Address)
 	p := start(t, client, "culvert", gateway.StoreConfig{})
 	p.want(200, "PUT", "/a", "m 1\n")
 	before := p.groups()
-	m.stop()
+	m.Stop()
 	for range 3 {
 		p.want(503, "PUT", "/a", "m 2\n")
 	}
@@ -400,7 +401,7 @@ func TestEtcdAway(t *testing.T) {
 	}
 
 	// A proxy can start in spite of that.
-	late := open(t, newClient(t, m.client), "culvert", gateway.StoreConfig{})
+	late := open(t, newClient(t, m.Address), "culvert", gateway.StoreConfig{})
 	late.want(503, "PUT", "/b", "m 2\n")
 	late.want(503, "DELETE", "/a", "")
 	for _, query := range []string{"?only=groups", "", "?only=self"} {
@@ -416,7 +417,7 @@ func TestEtcdAway(t *testing.T) {
 		t.Errorf("/api/v1/metrics of a proxy that has not read the groups: %d; %v", w.Code, late.store.Err())
 	}
 
-	m.restart(t)
+	m.Start(t)
 	for _, p := range []*proxy{p, late} {
 		eventually(t, "a push once etcd is back", func() bool { return p.send("PUT", "/a", "m 3\n").Code == 200 })
 	}
@@ -427,8 +428,8 @@ func TestEtcdAway(t *testing.T) {
 // An etcd that has reached its quota refuses pushes until it has room again.
 func TestEtcdFull(t *testing.T) {
 	t.Parallel()
-	m := ownEtcd(t, 1, "--quota-backend-bytes=8000000")[0]
-	client := newClient(t, m.client)
+	m := externaltest.StartEtcd(t, "--quota-backend-bytes=8000000")
+	client := newClient(t, m.Address)
 	p := start(t, client, "culvert", gateway.StoreConfig{})
 	p.want(200, "PUT", "/a", "m 1\n")
 	refusal := ""
@@ -451,7 +452,7 @@ func TestEtcdFull(t *testing.T) {
 		_, err = client.Compact(t.Context(), resp.Header.Revision, clientv3.WithCompactPhysical())
 	}
 	if err == nil {
-		_, err = client.Defragment(t.Context(), "http://"+m.client)
+		_, err = client.Defragment(t.Context(), m.URL)
 	}
 	if err == nil {
 		_, err = client.AlarmDisarm(t.Context(), &clientv3.AlarmMember{})
@@ -469,11 +470,11 @@ func TestUnknownOutcome(t *testing.T) {
 	t.Parallel()
 	m := sharedEtcd(t)
 	prefix := "culvert/" + t.Name()
-	client := newClient(t, m.client)
+	client := newClient(t, m.Address)
 	var proxies []*proxy
 	var relays []*relay
 	for range 3 {
-		r := newRelay(t, m.client)
+		r := newRelay(t, m.Address)
 		relays = append(relays, r)
 		proxies = append(proxies, start(t, newClient(t, r.address), prefix, gateway.StoreConfig{}))
 	}
@@ -543,8 +544,8 @@ func TestGivenUp(t *testing.T) {
 	t.Parallel()
 	m := sharedEtcd(t)
 	prefix := "culvert/" + t.Name()
-	r := newRelay(t, m.client)
-	client := newClient(t, m.client)
+	r := newRelay(t, m.Address)
+	client := newClient(t, m.Address)
 	a := openWith(t, newClient(t, r.address), prefix, gateway.StoreConfig{}, 300*time.Millisecond).loaded()
 	b := start(t, client, prefix, gateway.StoreConfig{})
 	for n := 1; n <= 3; n++ {
@@ -576,8 +577,8 @@ func TestAnswerLost(t *testing.T) {
 	t.Parallel()
 	m := sharedEtcd(t)
 	prefix := "culvert/" + t.Name()
-	r := newRelay(t, m.client)
-	client := newClient(t, m.client)
+	r := newRelay(t, m.Address)
+	client := newClient(t, m.Address)
 	a := start(t, newClient(t, r.address), prefix, gateway.StoreConfig{})
 	b := start(t, client, prefix, gateway.StoreConfig{})
 	for n := 1; n <= 5; n++ {
@@ -644,7 +645,7 @@ func TestClocks(t *testing.T) {
 	t.Parallel()
 	m := sharedEtcd(t)
 	prefix := "culvert/" + t.Name()
-	client := newClient(t, m.client)
+	client := newClient(t, m.Address)
 	ahead := gateway.StoreConfig{Now: func() time.Time { return time.Now().Add(time.Hour) }}
 	right := start(t, client, prefix, gateway.StoreConfig{})
 	there := start(t, client, prefix, ahead)
@@ -742,10 +743,10 @@ func more(n int) string {
 // With its leader gone a cluster goes on, and so do pushes.
 func TestLeaderStopped(t *testing.T) {
 	t.Parallel()
-	members := ownEtcd(t, 3)
+	members := externaltest.StartEtcdCluster(t, 3)
 	var addresses []string
 	for _, m := range members {
-		addresses = append(addresses, m.client)
+		addresses = append(addresses, m.Address)
 	}
 	client := newClient(t, addresses...)
 	var proxies []*proxy
@@ -776,9 +777,9 @@ func TestLeaderStopped(t *testing.T) {
 	writers = append(writers, func() {
 		<-half
 		for _, m := range members {
-			status, err := client.Status(t.Context(), m.client)
+			status, err := client.Status(t.Context(), m.Address)
 			if err == nil && status.Leader == status.Header.MemberId {
-				m.stop()
+				m.Stop()
 				return
 			}
 		}
@@ -892,29 +893,29 @@ func TestForeignChanges(t *testing.T) {
 // Where etcd is set back to an earlier state the proxies go with it.
 func TestSetBack(t *testing.T) {
 	t.Parallel()
-	m := ownEtcd(t, 1)[0]
-	client := newClient(t, m.client)
+	m := externaltest.StartEtcd(t)
+	client := newClient(t, m.Address)
 	a := start(t, client, "culvert", gateway.StoreConfig{})
 	b := start(t, client, "culvert", gateway.StoreConfig{})
 	a.want(200, "PUT", "/a", "m 1\n")
-	m.stop()
-	if err := os.CopyFS(m.dir+"/copy", os.DirFS(m.dir+"/data")); err != nil {
+	m.Stop()
+	if err := os.CopyFS(m.Dir+".copy", os.DirFS(m.Dir)); err != nil {
 		t.Fatal(err)
 	}
-	m.restart(t)
+	m.Start(t)
 	for n := range 10 {
 		eventually(t, "a push", func() bool { return a.send("PUT", fmt.Sprint("/later/n/", n), "m 1\n").Code == 200 })
 	}
 	alike(t, client, "culvert", a, b)
-	m.stop()
-	err := os.RemoveAll(m.dir + "/data")
+	m.Stop()
+	err := os.RemoveAll(m.Dir)
 	if err == nil {
-		err = os.Rename(m.dir+"/copy", m.dir+"/data")
+		err = os.Rename(m.Dir+".copy", m.Dir)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.restart(t)
+	m.Start(t)
 	eventually(t, "the earlier state", func() bool { return a.store.Len() == 1 && b.store.Len() == 1 })
 	eventually(t, "a push", func() bool { return b.send("PUT", "/new", "m 1\n").Code == 200 })
 	alike(t, client, "culvert", a, b)

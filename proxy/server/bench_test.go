@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/protocol/externaltest"
 	"github.com/culvert-io/culvert/proxy/fleet"
 	"github.com/culvert-io/culvert/proxy/server"
 )
@@ -88,7 +89,7 @@ func BenchmarkScrape(b *testing.B) {
 // beside each scrape does one through another proxy, which passes it on to the first.
 // x-local is the ratio of the times.
 func BenchmarkForwarded(b *testing.B) {
-	etcd := newEtcd(b)
+	etcd := externaltest.StartEtcd(b)
 	logger := slog.New(slog.DiscardHandler)
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
@@ -96,7 +97,7 @@ func BenchmarkForwarded(b *testing.B) {
 	var proxies [2]*server.Server
 	for i := range proxies {
 		config := server.Config{ListenAddresses: []string{"127.0.0.1:0"}, Fleet: fleet.Config{SettleTime: -1}, Logger: logger, ShutdownTimeout: time.Second}
-		config.Cluster.Endpoints, config.Cluster.ListenAddress = []string{etcd.url}, "127.0.0.1:0"
+		config.Cluster.Endpoints, config.Cluster.ListenAddress = []string{etcd.URL}, "127.0.0.1:0"
 		s, err := server.New(config)
 		if err != nil {
 			b.Fatal(err)

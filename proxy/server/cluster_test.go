@@ -18,7 +18,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -34,104 +33,27 @@ import (
 
 	"github.com/culvert-io/culvert/client/agent"
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/protocol/externaltest"
 	"github.com/culvert-io/culvert/proxy/cluster"
 	"github.com/culvert-io/culvert/proxy/server"
 )
 
-// etcd is a real etcd of one member. It keeps its address across stop and start.
-type etcd struct {
-	t    testing.TB
-	url  string
-	args []string
-	cmd  *exec.Cmd
-	done chan struct{}
-}
-
-func newEtcd(t testing.TB, extra ...string) *etcd {
+// etcdClient returns a client of the test's own.
+func etcdClient(t testing.TB, e *externaltest.Etcd) *clientv3.Client {
 	t.Helper()
-	path, err := exec.LookPath("etcd")
-	if err != nil {
-		const message = "etcd is not installed: apt-get install etcd-server"
-		if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-			t.Fatal(message)
-		}
-		t.Skip(message)
-	}
-	client, peer := freeAddress(t), freeAddress(t)
-	scheme := "http"
-	for _, arg := range extra {
-		if strings.HasPrefix(arg, "--cert-file") {
-			scheme = "https"
-		}
-	}
-	e := &etcd{t: t, url: scheme + "://" + client}
-	e.args = append([]string{path, "--data-dir=" + filepath.Join(t.TempDir(), "etcd"), "--unsafe-no-fsync", "--logger=zap", "--log-level=error",
-		"--listen-client-urls=" + e.url, "--advertise-client-urls=" + e.url,
-		"--listen-peer-urls=http://" + peer, "--initial-advertise-peer-urls=http://" + peer, "--initial-cluster=default=http://" + peer}, extra...)
-	e.start()
-	t.Cleanup(e.stop)
-	return e
-}
-
-// freeAddress returns an address of this host that nobody listens on.
-func freeAddress(t testing.TB) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{e.URL}, Logger: zap.NewNop()})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
-func (e *etcd) start() {
-	e.t.Helper()
-	e.cmd = exec.Command(e.args[0], e.args[1:]...)
-	e.cmd.Stderr = os.Stderr
-	if err := e.cmd.Start(); err != nil {
-		e.t.Fatal(err)
-	}
-	done, cmd := make(chan struct{}), e.cmd
-	e.done = done
-	go func() { defer close(done); cmd.Wait() }()
-	address := strings.TrimPrefix(strings.TrimPrefix(e.url, "http://"), "https://")
-	for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
-		conn, err := net.Dial("tcp", address)
-		if err == nil {
-			conn.Close()
-			return
-		}
-		if time.Now().After(deadline) {
-			e.t.Fatalf("etcd does not listen: %v", err)
-		}
-	}
-}
-
-func (e *etcd) stop() {
-	e.cmd.Process.Kill()
-	<-e.done
-}
-
-// freeze stops it without closing anything; thaw lets it go on.
-func (e *etcd) freeze() { e.cmd.Process.Signal(syscall.SIGSTOP) }
-func (e *etcd) thaw()   { e.cmd.Process.Signal(syscall.SIGCONT) }
-
-// client returns a client of the test's own.
-func (e *etcd) client() *clientv3.Client {
-	e.t.Helper()
-	client, err := clientv3.New(clientv3.Config{Endpoints: []string{e.url}, Logger: zap.NewNop()})
-	if err != nil {
-		e.t.Fatal(err)
-	}
-	e.t.Cleanup(func() { client.Close() })
+	t.Cleanup(func() { client.Close() })
 	return client
 }
 
 // newMember starts a proxy of the cluster.
-func newMember(t *testing.T, e *etcd, tweak func(*server.Config)) *testProxy {
+func newMember(t *testing.T, e *externaltest.Etcd, tweak func(*server.Config)) *testProxy {
 	t.Helper()
 	p := newProxy(t, func(c *server.Config) {
-		c.Cluster.Endpoints = []string{e.url}
+		c.Cluster.Endpoints = []string{e.URL}
 		c.Cluster.ListenAddress = "127.0.0.1:0"
 		c.Cluster.TTL = 2 * time.Second
 		c.ReconnectWait = 2 * time.Second
@@ -196,7 +118,7 @@ var discoveryPaths = []string{"/clients", "/targets", "/api/v1/agents", "/client
 
 func TestClusterDiscovery(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	a, b := newMember(t, e, nil), newMember(t, e, nil)
 	_, port := newTarget(t, say("target_up 1\n"))
 	one := newAgent(t, a, func(c *agent.Config) {
@@ -242,7 +164,7 @@ func TestClusterDiscovery(t *testing.T) {
 // have the same answer.
 func TestClusterForwards(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	a, b := newMember(t, e, nil), newMember(t, e, nil)
 	release, cancelled := make(chan struct{}), make(chan struct{}, 1)
 	_, port := newTarget(t, func(w http.ResponseWriter, r *http.Request) {
@@ -386,7 +308,7 @@ func TestClusterForwards(t *testing.T) {
 // scrapes on new ones for a moment: a balancer may still lead there.
 func TestClusterLastCall(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	a, b := newMember(t, e, nil), newMember(t, e, nil)
 	_, port := newTarget(t, nil)
 	newAgent(t, a, func(c *agent.Config) { allowAll(c); c.ProxyURLs = []string{a.url, b.url} })
@@ -431,7 +353,7 @@ func portNumber(t *testing.T, port string) uint16 {
 // further than to the agents of that proxy.
 func TestClusterPeerListener(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	a, b := newMember(t, e, nil), newMember(t, e, nil)
 	_, port := newTarget(t, nil)
 	newAgent(t, a, allowAll)
@@ -441,7 +363,7 @@ func TestClusterPeerListener(t *testing.T) {
 		found := regexp.MustCompile(`Listening address=(\S+) tls=false for="other proxies"`).FindStringSubmatch(p.logs.String())
 		address[p] = found[1]
 	}
-	got, err := e.client().Get(t.Context(), "/culvert/fleet/secret")
+	got, err := etcdClient(t, e).Get(t.Context(), "/culvert/fleet/secret")
 	if err != nil || len(got.Kvs) != 1 {
 		t.Fatalf("the secret: %v, %v", got, err)
 	}
@@ -478,8 +400,8 @@ func TestClusterPeerListener(t *testing.T) {
 // are taken where there are some.
 func TestClusterUnreachablePeer(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
-	nobody := "http://" + freeAddress(t)
+	e := externaltest.StartEtcd(t)
+	nobody := "http://" + externaltest.FreeAddress(t)
 	wrong, _ := newTarget(t, nil)
 	front := newMember(t, e, func(c *server.Config) { c.ReconnectWait = 300 * time.Millisecond })
 	for _, c := range []struct{ url, says string }{{nobody, "refused"}, {wrong, "something else answered"}} {
@@ -512,7 +434,7 @@ func TestClusterUnreachablePeer(t *testing.T) {
 // Names are unique over all proxies, whichever is asked.
 func TestClusterNames(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	a, b := newMember(t, e, nil), newMember(t, e, nil)
 	first := register(t, a, "web-1", "aaaa", protocol.Registration{Targets: []protocol.Target{{Name: "node", Path: "/metrics"}}, Hosts: []string{"db.lan"}})
 	b.holds("web-1", true)
@@ -544,17 +466,20 @@ func TestClusterNames(t *testing.T) {
 // others when etcd is back.
 func TestClusterWithoutEtcd(t *testing.T) {
 	t.Parallel()
-	for name, away := range map[string]struct{ begin, end func(*etcd) }{
-		"stopped": {(*etcd).stop, (*etcd).start},
-		"frozen":  {(*etcd).freeze, (*etcd).thaw},
+	for name, away := range map[string]struct{ begin, end func(*externaltest.Etcd) }{
+		"stopped": {(*externaltest.Etcd).Stop, func(e *externaltest.Etcd) { e.Start(t) }},
+		"frozen": {
+			func(e *externaltest.Etcd) { e.Signal(t, syscall.SIGSTOP) },
+			func(e *externaltest.Etcd) { e.Signal(t, syscall.SIGCONT) },
+		},
 	} {
 		t.Run(name, func(t *testing.T) { withoutEtcd(t, away.begin, away.end) })
 	}
 }
 
-func withoutEtcd(t *testing.T, begin, end func(*etcd)) {
+func withoutEtcd(t *testing.T, begin, end func(*externaltest.Etcd)) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	a, b := newMember(t, e, nil), newMember(t, e, nil)
 	_, port := newTarget(t, nil)
 	newAgent(t, a, func(c *agent.Config) { c.Name = "one"; allowAll(c) })
@@ -594,15 +519,17 @@ func withoutEtcd(t *testing.T, begin, end func(*etcd)) {
 // An etcd that lost everything gets it again from the proxies, lost agents included.
 func TestClusterEtcdAnew(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	a, b := newMember(t, e, nil), newMember(t, e, nil)
 	newAgent(t, a, func(c *agent.Config) { c.Name = "one" })
 	lost := newAgent(t, b, func(c *agent.Config) { c.Name = "lost" })
 	lost.stop()
 	a.holds("lost", false)
-	e.stop()
-	e.args[1] = "--data-dir=" + filepath.Join(t.TempDir(), "etcd")
-	e.start()
+	e.Stop()
+	if err := os.RemoveAll(e.Dir); err != nil {
+		t.Fatal(err)
+	}
+	e.Start(t)
 	a.logs.wait(t, "etcd was set up anew")
 	b.logs.wait(t, "etcd was set up anew")
 	late := newMember(t, e, nil)
@@ -614,29 +541,29 @@ func TestClusterEtcdAnew(t *testing.T) {
 // A proxy that starts while etcd is away answers from what it kept, and takes agents.
 func TestClusterStartWithoutEtcd(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	dir := t.TempDir()
 	a := newMember(t, e, func(c *server.Config) { c.StoragePath = dir })
 	other := newMember(t, e, nil)
 	newAgent(t, other, func(c *agent.Config) { c.Name = "one" })
 	a.holds("one", true)
 	a.stop()
-	e.stop()
+	e.Stop()
 	again := newProxy(t, func(c *server.Config) {
 		c.StoragePath, c.Fleet.SettleTime = dir, time.Hour
-		c.Cluster.Endpoints, c.Cluster.ListenAddress, c.Cluster.TTL = []string{e.url}, "127.0.0.1:0", 2*time.Second
+		c.Cluster.Endpoints, c.Cluster.ListenAddress, c.Cluster.TTL = []string{e.URL}, "127.0.0.1:0", 2*time.Second
 	})
 	again.holds("one", false) // nobody told otherwise
 	newAgent(t, again, func(c *agent.Config) { c.Name = "two" })
 	again.holds("two", true)
 	// One that kept nothing must not pass what it has for the whole list.
 	empty := newProxy(t, func(c *server.Config) {
-		c.Cluster.Endpoints, c.Cluster.ListenAddress, c.Cluster.TTL = []string{e.url}, "127.0.0.1:0", 2*time.Second
+		c.Cluster.Endpoints, c.Cluster.ListenAddress, c.Cluster.TTL = []string{e.URL}, "127.0.0.1:0", 2*time.Second
 	})
 	if got := empty.get("/clients"); got.code != http.StatusServiceUnavailable || got.header.Get("Retry-After") == "" || !strings.Contains(got.body, "etcd") {
 		t.Errorf("without a list: %d %q %v", got.code, got.body, got.header)
 	}
-	e.start()
+	e.Start(t)
 	empty.holds("one", true)
 	other.holds("two", true)
 	again.holds("one", true)
@@ -646,7 +573,7 @@ func TestClusterStartWithoutEtcd(t *testing.T) {
 // Lost agents are forgotten once, by whichever proxy.
 func TestClusterForgets(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	short := func(c *server.Config) { c.Fleet.ForgetAfter = time.Second }
 	a, b := newMember(t, e, short), newMember(t, e, short)
 	newAgent(t, a, func(c *agent.Config) { c.Name = "stays" })
@@ -657,7 +584,7 @@ func TestClusterForgets(t *testing.T) {
 		eventually(t, "the agent is forgotten", func() bool { return !strings.Contains(p.get("/clients").body, `"lost"`) })
 		p.holds("stays", true)
 	}
-	got, err := e.client().Get(t.Context(), "/culvert/fleet/agents/", clientv3.WithPrefix(), clientv3.WithKeysOnly())
+	got, err := etcdClient(t, e).Get(t.Context(), "/culvert/fleet/agents/", clientv3.WithPrefix(), clientv3.WithKeysOnly())
 	if err != nil || len(got.Kvs) != 1 {
 		t.Errorf("records in etcd: %v, %v; want that of %q alone", got, err, "stays")
 	}
@@ -666,7 +593,7 @@ func TestClusterForgets(t *testing.T) {
 // A key that is pinned on one proxy counts on all, and so does its release.
 func TestClusterPins(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	const token, operator = "this is the token of them all", "this is the token of operators"
 	roles := newRolesFile(t, "roles:\n  agents:\n    - {name: all, agents: ['*'], token_hash: "+hashOf(token)+"}\n  operators:\n    - {name: op, token_hash: "+hashOf(operator)+"}\n")
 	secured := func(c *server.Config) { c.ConfigFile = roles.path }
@@ -701,7 +628,7 @@ func TestClusterPins(t *testing.T) {
 func TestClusterSecured(t *testing.T) {
 	t.Parallel()
 	ca := newClusterAuthority(t)
-	e := newEtcd(t, "--cert-file="+ca.cert, "--key-file="+ca.key, "--client-cert-auth", "--trusted-ca-file="+ca.authority, "--auth-token=simple")
+	e := externaltest.StartEtcd(t, "--cert-file="+ca.cert, "--key-file="+ca.key, "--client-cert-auth", "--trusted-ca-file="+ca.authority, "--auth-token=simple")
 	pool, err := os.ReadFile(ca.authority)
 	if err != nil {
 		t.Fatal(err)
@@ -712,7 +639,7 @@ func TestClusterSecured(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	root, err := clientv3.New(clientv3.Config{Endpoints: []string{e.url}, Logger: zap.NewNop(), TLS: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}})
+	root, err := clientv3.New(clientv3.Config{Endpoints: []string{e.URL}, Logger: zap.NewNop(), TLS: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -770,7 +697,7 @@ func TestClusterSecured(t *testing.T) {
 	}
 	alone := newProxy(t, func(c *server.Config) {
 		secured(c)
-		c.Cluster.Endpoints, c.Cluster.ListenAddress = []string{e.url}, "127.0.0.1:0"
+		c.Cluster.Endpoints, c.Cluster.ListenAddress = []string{e.URL}, "127.0.0.1:0"
 	})
 	alone.logs.wait(t, "etcd can't be reached", "authentication failed")
 	newAgent(t, alone, func(c *agent.Config) { c.Name = "web-2"; allowAll(c) })
@@ -817,7 +744,7 @@ func newClusterAuthority(t *testing.T) clusterAuthority {
 // two processes of one name one stays.
 func TestClusterSettles(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	a, b := newMember(t, e, nil), newMember(t, e, nil)
 	for i := range 5 {
 		name := fmt.Sprintf("web-%d", i)
@@ -865,7 +792,7 @@ func TestClusterManyAgents(t *testing.T) {
 	if given := os.Getenv("CULVERT_TEST_AGENTS"); given != "" { // for a look at the figures
 		fmt.Sscan(given, &n)
 	}
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	a := newMember(t, e, func(c *server.Config) { c.MaxHandshakes = n })
 	b := newMember(t, e, nil)
 	sessions := make([]*protocol.Session, n)
@@ -964,8 +891,8 @@ func (g *gate) shut(closed bool) {
 // back it catches up, even where etcd has compacted what it missed.
 func TestClusterCutOff(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
-	way := newGate(t, strings.TrimPrefix(e.url, "http://"))
+	e := externaltest.StartEtcd(t)
+	way := newGate(t, strings.TrimPrefix(e.URL, "http://"))
 	cut := newMember(t, e, func(c *server.Config) { c.Cluster.Endpoints = []string{"http://" + way.Addr().String()} })
 	other := newMember(t, e, func(c *server.Config) { c.ReconnectWait = -1 })
 	_, port := newTarget(t, nil)
@@ -985,7 +912,7 @@ func TestClusterCutOff(t *testing.T) {
 		t.Fatalf("DELETE: %d %s", got.code, got.body)
 	}
 	newAgent(t, other, func(c *agent.Config) { c.Name = "late"; allowAll(c) })
-	client := e.client()
+	client := etcdClient(t, e)
 	eventually(t, "the newcomer is in etcd", func() bool {
 		got, err := client.Get(t.Context(), "/culvert/fleet/agents/late")
 		return err == nil && len(got.Kvs) == 1

@@ -22,6 +22,7 @@ import (
 
 	"github.com/culvert-io/culvert/client/agent"
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/protocol/externaltest"
 	"github.com/culvert-io/culvert/proxy/fleet"
 	"github.com/culvert-io/culvert/proxy/server"
 )
@@ -536,7 +537,7 @@ func TestPageGzip(t *testing.T) {
 // where the agent is. The page says which proxies hold an agent, and when etcd is away.
 func TestPageCluster(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	a, b := newMember(t, e, nil), newMember(t, e, nil)
 	_, port := newTarget(t, nil)
 	first := b.page(page{})
@@ -585,7 +586,7 @@ func TestPageCluster(t *testing.T) {
 	if jobs := scrapeJobs(t, b, "/api/v1/scrape_config"); fmt.Sprint(jobs["culvert-pushed"]["params"], jobs["culvert-proxy"]["params"]) != "map[only:[groups]] map[only:[self]]" {
 		t.Errorf("got %v", jobs)
 	}
-	e.stop()
+	e.Stop()
 	b.logs.wait(t, "etcd does not answer")
 	eventually(t, "the page says that etcd is away", func() bool { return b.page(page{}).codes() == "open-access cluster" })
 }

@@ -26,6 +26,7 @@ import (
 
 	"github.com/culvert-io/culvert/client/agent"
 	"github.com/culvert-io/culvert/protocol"
+	"github.com/culvert-io/culvert/protocol/externaltest"
 	"github.com/culvert-io/culvert/proxy/fleet"
 	"github.com/culvert-io/culvert/proxy/pushproxtest"
 	"github.com/culvert-io/culvert/proxy/server"
@@ -558,7 +559,7 @@ func TestPushProxStreams(t *testing.T) {
 // TestPushProxCluster: a proxy that has no poll of a client passes its scrapes on.
 func TestPushProxCluster(t *testing.T) {
 	t.Parallel()
-	e := newEtcd(t)
+	e := externaltest.StartEtcd(t)
 	one, two := newMember(t, e, nil), newMember(t, e, nil)
 	c := newRawClient(t, one, "node-a")
 	two.holds("node-a", true)
@@ -818,7 +819,7 @@ func TestPushProxTwins(t *testing.T) {
 
 // portOfNobody returns a port that nobody listens on.
 func portOfNobody(t *testing.T) string {
-	_, port, err := net.SplitHostPort(freeAddress(t))
+	_, port, err := net.SplitHostPort(externaltest.FreeAddress(t))
 	if err != nil {
 		t.Fatal(err)
 	}

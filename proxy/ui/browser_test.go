@@ -28,18 +28,9 @@ import (
 	"github.com/chromedp/chromedp/kb"
 
 	"github.com/culvert-io/culvert/client/agent"
+	"github.com/culvert-io/culvert/protocol/externaltest"
 	"github.com/culvert-io/culvert/proxy/server"
 )
-
-// missing skips the test, or fails it where all has to be tried.
-func missing(t testing.TB, what, install string) {
-	t.Helper()
-	message := what + " is not installed: " + install
-	if os.Getenv("CULVERT_REQUIRE_EXTERNAL") == "1" {
-		t.Fatal(message)
-	}
-	t.Skip(message)
-}
 
 // browser is a tab of a real Chromium that looks at a site.
 type browser struct {
@@ -61,7 +52,7 @@ func newBrowser(t testing.TB, s *site, more ...chromedp.ExecAllocatorOption) *br
 		}
 	}
 	if program == "" {
-		missing(t, "chromium", "apt-get install chromium")
+		externaltest.Missing(t, "chromium is not installed: apt-get install chromium")
 	}
 	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(program), chromedp.NoSandbox, chromedp.WindowSize(1280, 800), chromedp.Flag("disable-component-update", true))
 	allocator, end := chromedp.NewExecAllocator(context.Background(), append(options, more...)...)
@@ -208,7 +199,7 @@ func axe(t testing.TB) string {
 			return string(script)
 		}
 	}
-	missing(t, "axe-core", "npm install --global axe-core")
+	externaltest.Missing(t, "axe-core is not installed: npm install --global axe-core")
 	return ""
 }
 
