@@ -337,8 +337,7 @@ func (s *Store) makeRoomFor(changes []*change) *made {
 		}
 		c.result = err
 		m.changes, m.steps = m.changes+1, append(m.steps, steps...)
-		_, rejected := err.(*Rejection)
-		if c.id.spool != "" && (err == nil || rejected) {
+		if c.id.spool != "" && err == nil {
 			if noted == nil {
 				noted = map[string]Mark{}
 			}

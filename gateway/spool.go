@@ -26,10 +26,8 @@ const (
 	// changes nothing. So a spool's pushes are to be sent in their order, the next one when
 	// the one before was answered; one without an answer is sent again under the same ID.
 	//
-	// A push that the store refused as inconsistent or too large for its group is noted
-	// too: its group's failure time is set once, and sent again it is answered as if it had
-	// been made. One whose body or header could not be read, and one that could not be
-	// stored now (503, 507), are not.
+	// A push that was refused, or could not be stored now (503, 507), is not noted: who sends
+	// it again, because the answer was lost, is told the reason again.
 	//
 	// A spool is forgotten when none of its pushes was made for 7 days, or for
 	// StoreConfig.ForgetAfter where that is longer, and earlier where there are more than

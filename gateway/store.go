@@ -410,8 +410,7 @@ func (s *Store) makeIn(b *batch, c *change) {
 		s.schedule(st.group)
 	}
 	b.steps = append(b.steps, steps...)
-	_, rejected := c.result.(*Rejection)
-	if c.id.spool != "" && (c.result == nil || rejected) {
+	if c.id.spool != "" && c.result == nil {
 		if b.noted == nil {
 			b.noted = map[string]Mark{}
 		}

@@ -27,7 +27,8 @@ type store struct {
 	path string
 	*gateway.Gateway
 	stop   func()
-	spools map[string]uint64 // the last number of each
+	spools map[string]uint64 // the last number of each that was made
+	sent   map[string]uint64 // and that was sent
 }
 
 func open(t *testing.T, path string) *store {
@@ -43,7 +44,7 @@ func open(t *testing.T, path string) *store {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- groups.Run(ctx) }()
-	s := &store{t: t, path: path, Gateway: gateway.New(gateway.Config{}, groups), spools: map[string]uint64{}}
+	s := &store{t: t, path: path, Gateway: gateway.New(gateway.Config{}, groups), spools: map[string]uint64{}, sent: map[string]uint64{}}
 	s.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -80,8 +81,11 @@ func (s *store) send(method, path, body, id string) *httptest.ResponseRecorder {
 // pushOnce makes the next request of a spool, and checks the status.
 func (s *store) pushOnce(spool, method, path, body string, status int) {
 	s.t.Helper()
-	s.spools[spool]++
-	if w := s.send(method, path, body, fmt.Sprintf("%s/%d", spool, s.spools[spool])); w.Code != status || w.Header().Get(gateway.HeaderPushRepeated) != "" {
+	s.sent[spool]++
+	if status/100 == 2 {
+		s.spools[spool] = s.sent[spool]
+	}
+	if w := s.send(method, path, body, fmt.Sprintf("%s/%d", spool, s.sent[spool])); w.Code != status || w.Header().Get(gateway.HeaderPushRepeated) != "" {
 		s.t.Errorf("%s %s: %d %v %s", method, path, w.Code, w.Header(), w.Body)
 	}
 }
