@@ -190,11 +190,8 @@ func (g *Gateway) push(w http.ResponseWriter, r *http.Request, rest string) erro
 			e.group, e.values = nil, nil
 		}
 	}
-	plain := false
-	if format == formatText {
-		e.pushed, plain = encodePlain(key, body, unixNano(e.at))
-	}
-	if !plain {
+	var plain bool
+	if e.pushed, plain = format.encodePlain(key, body, unixNano(e.at)); !plain {
 		families, err := format.parse(body)
 		if err != nil {
 			return badRequest{fmt.Errorf("the body of %s: %w", what(), err)}

@@ -309,10 +309,10 @@ func (m *merged) findDuplicates(w *walker, found *problems) {
 	for turn := range goes {
 		// hashes yields those of this go: of a part and with the number of the series, or
 		// of other sources.
-		hashes := func(yield func(part, number int, hash uint64)) {
+		hashes := func(yield func(part, number int, hash int64)) {
 			for _, metric := range m.other {
 				if h := hashSeries(metric.Label); h>>shift == turn {
-					yield(-1, -1, h)
+					yield(-1, -1, int64(h))
 				}
 			}
 			first := 0
@@ -320,14 +320,14 @@ func (m *merged) findDuplicates(w *walker, found *problems) {
 				stored := p.view(p.hashes, 8*p.series, &w.scratch)
 				for at := 0; at < len(stored); at += 8 {
 					if h := binary.LittleEndian.Uint64(stored[at:]); h>>shift == turn {
-						yield(i, first+at/8, h)
+						yield(i, first+at/8, int64(h))
 					}
 				}
 				first += p.series
 			}
 		}
 		w.hashes = w.hashes[:0]
-		hashes(func(_, _ int, h uint64) { w.hashes = append(w.hashes, h) })
+		hashes(func(_, _ int, h int64) { w.hashes = append(w.hashes, h) })
 		slices.Sort(w.hashes)
 		doubles := w.hashes[:0]
 		for i, h := range w.hashes[:max(len(w.hashes)-1, 0)] {
@@ -339,7 +339,7 @@ func (m *merged) findDuplicates(w *walker, found *problems) {
 			continue
 		}
 		taken := make([]bool, len(doubles)) // by those that have come
-		hashes(func(part, number int, h uint64) {
+		hashes(func(part, number int, h int64) {
 			i, double := slices.BinarySearch(doubles, h)
 			if double && taken[i] && part >= 0 {
 				if m.drop == nil {

@@ -25,7 +25,7 @@ const (
 type walker struct {
 	heap    []*cursor // by name, then by file: heap[i] is in front of heap[2i+1] and heap[2i+2]
 	group   []*cursor // what next returned
-	hashes  []uint64  // memory for findDuplicates
+	hashes  []int64   // memory for findDuplicates; int64, for which slices.Sort is in the program anyhow
 	scratch []byte
 }
 
