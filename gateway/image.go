@@ -224,10 +224,18 @@ func (im *image) sameFamilies(other *image) bool {
 	return im != nil && (im.familyList == other.familyList || slices.Equal(im.metas, other.metas))
 }
 
-// same reports which of some families, sorted by name, the image has with the same
-// type, HELP and series.
-func (im *image) same(families []prepared) []bool {
-	same := make([]bool, len(families))
+// sameness is what a family has in common with that of the same name in an image.
+type sameness int8
+
+const (
+	different  sameness = iota
+	sameMeta            // type and HELP
+	sameSeries          // and all series
+)
+
+// same reports what some families, sorted by name, have in common with those of the image.
+func (im *image) same(families []prepared) []sameness {
+	same := make([]sameness, len(families))
 	if im == nil {
 		return same
 	}
@@ -236,7 +244,12 @@ func (im *image) same(families []prepared) []bool {
 		for n < len(im.metas) && im.metas[n] != p.meta && im.name(n) < p.name() {
 			n++
 		}
-		same[i] = n < len(im.metas) && im.metas[n] == p.meta && slices.Equal(im.block(n).series, p.series)
+		if n < len(im.metas) && im.metas[n] == p.meta {
+			same[i] = sameMeta
+			if slices.Equal(im.block(n).series, p.series) {
+				same[i] = sameSeries
+			}
+		}
 	}
 	return same
 }

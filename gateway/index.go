@@ -327,7 +327,7 @@ func (s *Store) inconsistencies(g *group, after, pushed []prepared) []string {
 	var reasons []string
 	var foreign map[string][]string // of those after the push, by their escaped form
 	for _, p := range after {
-		if name := p.name(); !model.LegacyValidation.IsValidMetricName(name) {
+		if name := p.name(); p.meta.Value().foreign && !model.LegacyValidation.IsValidMetricName(name) {
 			if foreign == nil {
 				foreign = map[string][]string{}
 			}
@@ -358,8 +358,9 @@ func (s *Store) inconsistencies(g *group, after, pushed []prepared) []string {
 		return "", 0, false
 	}
 	known := g.image.same(pushed)
+	shapes := s.shapesBut(g.canonical)
 	for i, p := range pushed {
-		if known[i] {
+		if known[i] == sameSeries {
 			continue // all that it could clash with would have been refused
 		}
 		m := p.meta.Value()
@@ -371,9 +372,12 @@ func (s *Store) inconsistencies(g *group, after, pushed []prepared) []string {
 			reasons = append(reasons, fmt.Sprintf("metric %q has type %s, should have %s as in other groups", m.name, typeName(m.kind), typeName(f.kind)))
 			continue
 		}
-		if reason := s.duplicate(g, p); reason != "" {
+		if reason := s.duplicate(shapes, p); reason != "" {
 			reasons = append(reasons, reason)
 			continue
+		}
+		if known[i] == sameMeta {
+			continue // its name has its place already
 		}
 		escaped := model.EscapeName(m.name, model.UnderscoreEscaping)
 		if other, _, ok := exists(escaped, m.name); ok {
@@ -396,9 +400,9 @@ func (x *index) sharedBeside(f *family, g *group) bool {
 
 func typeName(kind dto.MetricType) string { return strings.ToLower(kind.String()) }
 
-// duplicate tells of the first series that another group has already.
-func (s *Store) duplicate(g *group, p prepared) string {
-	shapes := s.shapesBut(g.canonical)
+// duplicate tells of the first series that another group, of one of the shapes, has
+// already.
+func (s *Store) duplicate(shapes []*shape, p prepared) string {
 	if len(shapes) == 0 {
 		return ""
 	}

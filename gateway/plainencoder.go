@@ -219,7 +219,8 @@ func appendFloat(b []byte, f float64) []byte {
 // compareSeries; those that the gateway generates only if that is said. It returns false
 // where a series stands twice, or a family goes on after another.
 func (e *plainEncoder) result(generated bool) (out pushedFamilies, ok bool) {
-	if e.interleaved() {
+	inOrder := e.inOrder()
+	if !inOrder && e.interleaved() {
 		return out, false // the slow way puts them together
 	}
 	hashes, values := make([]uint64, len(e.series)), make([]float64, len(e.series))
@@ -252,15 +253,28 @@ func (e *plainEncoder) result(generated bool) (out pushedFamilies, ok bool) {
 		out.families = append(out.families, p)
 		e.places = append(e.places, place{f.name, order})
 	}
-	sort.Slice(out.families, func(i, j int) bool { return out.families[i].name() < out.families[j].name() })
-	if len(e.series) <= maxValues {
+	if !inOrder {
+		sort.Slice(out.families, func(i, j int) bool { return out.families[i].name() < out.families[j].name() })
 		sort.Slice(e.places, func(i, j int) bool { return bytes.Compare(e.places[i].name, e.places[j].name) < 0 })
+	}
+	if len(e.series) <= maxValues {
 		out.order = make([]uint16, 0, len(e.series))
 		for _, p := range e.places {
 			out.order = append(out.order, p.order...)
 		}
 	}
 	return out, true
+}
+
+// inOrder reports whether the families stand in the order of their names, each once: most
+// client libraries write them so.
+func (e *plainEncoder) inOrder() bool {
+	for i := 1; i < len(e.families); i++ {
+		if bytes.Compare(e.families[i-1].name, e.families[i].name) >= 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // interleaved reports whether a family goes on after another one.

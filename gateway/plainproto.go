@@ -58,7 +58,6 @@ func cutPlainField(message []byte) (tag byte, number uint64, content []byte, siz
 // protoFamily reads a MetricFamily, whose name and type stand in front of its series.
 func (e *plainEncoder) protoFamily(message []byte) bool {
 	f := plainFamily{kind: dto.MetricType_COUNTER, series: len(e.series)} // that is the type where none is given
-	value := metricCounter
 	for len(message) > 0 {
 		tag, number, content, n := cutPlainField(message)
 		if n < 0 {
@@ -81,17 +80,13 @@ func (e *plainEncoder) protoFamily(message []byte) bool {
 				return false
 			}
 			f.hasType = true
-			switch number {
-			case uint64(dto.MetricType_COUNTER):
-			case uint64(dto.MetricType_GAUGE):
-				f.kind, value = dto.MetricType_GAUGE, metricGauge
-			case uint64(dto.MetricType_UNTYPED):
-				f.kind, value = dto.MetricType_UNTYPED, metricUntyped
+			switch f.kind = dto.MetricType(number); f.kind {
+			case dto.MetricType_COUNTER, dto.MetricType_GAUGE, dto.MetricType_UNTYPED:
 			default:
 				return false
 			}
 		case familyMetric:
-			if f.name == nil || !e.protoSeries(&f, value, content) {
+			if f.name == nil || !e.protoSeries(&f, content) {
 				return false
 			}
 		default:
@@ -102,8 +97,8 @@ func (e *plainEncoder) protoFamily(message []byte) bool {
 	return len(e.series) > f.series // one without series goes
 }
 
-// protoSeries reads a Metric that has labels and the field of that tag for its value.
-func (e *plainEncoder) protoSeries(f *plainFamily, valueTag byte, message []byte) bool {
+// protoSeries reads a Metric that has labels and a value of the family's type.
+func (e *plainEncoder) protoSeries(f *plainFamily, message []byte) bool {
 	first, has, value := len(e.labels), false, 0.0
 	for len(message) > 0 {
 		tag, _, content, n := cutPlainField(message)
@@ -118,7 +113,7 @@ func (e *plainEncoder) protoSeries(f *plainFamily, valueTag byte, message []byte
 				return false
 			}
 			e.labels = append(e.labels, label)
-		case tag == valueTag && !has && len(content) == 9 && content[0] == plainValue:
+		case tag == valueTag(f.kind) && !has && len(content) == 9 && content[0] == plainValue:
 			value, has = math.Float64frombits(binary.LittleEndian.Uint64(content[1:])), true
 		default:
 			return false

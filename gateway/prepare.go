@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -96,7 +97,8 @@ func (p prepared) appendProto(out []byte) []byte {
 // appendLabels appends the labels of NAME="VALUE",…} as appendText writes them.
 func appendLabels(labels []plainLabel, text []byte) []plainLabel {
 	for text[0] != '}' {
-		name, rest, _ := bytes.Cut(text, []byte(`="`))
+		equals := bytes.IndexByte(text, '=')
+		name, rest := text[:equals], text[equals+2:] // behind the quote
 		end, escaped := 0, false
 		for ; rest[end] != '"'; end++ {
 			if rest[end] == '\\' {
@@ -116,31 +118,32 @@ func appendLabels(labels []plainLabel, text []byte) []plainLabel {
 	return labels
 }
 
-// appendPlain appends a series with a value to a repeated field "metric"; the fields of
-// io.prometheus.client.Metric that it has are 1 label, and 2 gauge, 3 counter or 5 untyped.
+// appendPlain appends a series with a value to a repeated field "metric".
 func appendPlain(out []byte, kind dto.MetricType, labels []plainLabel, value float64) []byte {
-	size := 1 + protowire.SizeBytes(9)
+	size := 2 + 9
 	for _, l := range labels {
 		size += 1 + protowire.SizeBytes(pairSize(l))
 	}
-	out = protowire.AppendTag(out, metricField, protowire.BytesType)
-	out = protowire.AppendVarint(out, uint64(size))
+	out = protowire.AppendVarint(append(out, familyMetric), uint64(size))
 	for _, l := range labels {
-		out = protowire.AppendTag(out, 1, protowire.BytesType)
-		out = protowire.AppendVarint(out, uint64(pairSize(l)))
-		out = protowire.AppendBytes(protowire.AppendTag(out, 1, protowire.BytesType), l.name)
-		out = protowire.AppendBytes(protowire.AppendTag(out, 2, protowire.BytesType), l.value)
+		out = protowire.AppendVarint(append(out, metricLabel), uint64(pairSize(l)))
+		out = protowire.AppendBytes(append(out, pairName), l.name)
+		out = protowire.AppendBytes(append(out, pairValue), l.value)
 	}
-	field := protowire.Number(5)
+	out = append(out, valueTag(kind), 9, plainValue)
+	return binary.LittleEndian.AppendUint64(out, math.Float64bits(value))
+}
+
+// valueTag returns the tag of the field that has the value of a counter, a gauge or an
+// untyped series.
+func valueTag(kind dto.MetricType) byte {
 	switch kind {
 	case dto.MetricType_GAUGE:
-		field = 2
+		return metricGauge
 	case dto.MetricType_COUNTER:
-		field = 3
+		return metricCounter
 	}
-	out = protowire.AppendTag(out, field, protowire.BytesType)
-	out = protowire.AppendVarint(out, 9)
-	return protowire.AppendFixed64(protowire.AppendTag(out, 1, protowire.Fixed64Type), math.Float64bits(value))
+	return metricUntyped
 }
 
 // pairSize returns the size of a label as a LabelPair.
