@@ -150,15 +150,15 @@ func shapeID(key Key) string {
 
 // appendID appends the ID of the group of this shape that the labels, canonical and
 // sorted by name, belong to. It returns false where they lack a name of the shape.
-func (sh *shape) appendID(id []byte, labels []*dto.LabelPair) ([]byte, bool) {
+func (sh *shape) appendID(id []byte, labels []plainLabel) ([]byte, bool) {
 	for i, name := range sh.names {
-		for len(labels) > 0 && labels[0].GetName() < name {
+		for len(labels) > 0 && string(labels[0].name) < name {
 			labels = labels[1:]
 		}
-		if len(labels) == 0 || labels[0].GetName() != name {
+		if len(labels) == 0 || string(labels[0].name) != name {
 			return nil, false
 		}
-		id = appendLabelID(id, i, name, labels[0].GetValue())
+		id = appendLabelID(id, i, name, string(labels[0].value))
 	}
 	return id, true
 }
@@ -178,7 +178,7 @@ func (x *index) shapesBut(canonical Key) []*shape {
 
 // groupOf returns the group of one of the shapes whose key is among the labels and
 // for which has is true.
-func (x *index) groupOf(shapes []*shape, labels []*dto.LabelPair, has func(*group) bool) *group {
+func (x *index) groupOf(shapes []*shape, labels []plainLabel, has func(*group) bool) *group {
 	buf := make([]byte, 0, 128)
 	for _, sh := range shapes {
 		if id, ok := sh.appendID(buf, labels); ok {
@@ -199,7 +199,7 @@ func (x *index) twin(key Key) *group {
 	}
 	m := new(dto.Metric)
 	forceLabels(canonical, canonical.forced(), m)
-	return x.groupOf(x.shapesBut(canonical), m.Label, func(g *group) bool {
+	return x.groupOf(x.shapesBut(canonical), plainLabels(m.Label), func(g *group) bool {
 		twin := new(dto.Metric)
 		forceLabels(g.canonical, g.canonical.forced(), twin)
 		return slices.EqualFunc(m.Label, twin.Label, sameLabel)
@@ -406,43 +406,67 @@ func (s *Store) duplicate(shapes []*shape, p prepared) string {
 	if len(shapes) == 0 {
 		return ""
 	}
-	f, err := p.decode()
-	if err != nil {
-		return err.Error()
-	}
-	for i, m := range f.Metric {
-		owner := s.groupOf(shapes, canonicalLabels(m.Label), func(other *group) bool {
-			b, ok := other.image.find(p.name())
-			return ok && slices.Contains(b.series, p.series[i])
+	var f *dto.MetricFamily // decoded where it has to be
+	var err error
+	labels, text := make([]plainLabel, 0, 16), p.text
+	for i, series := range p.series {
+		if p.proto == nil {
+			labels, text = cutLine(labels[:0], text)
+		} else {
+			if f == nil {
+				if f, err = p.decode(); err != nil {
+					return err.Error()
+				}
+			}
+			labels = plainLabels(canonicalLabels(f.Metric[i].Label))
+		}
+		owner := s.groupOf(shapes, labels, func(g *group) bool {
+			b, ok := g.image.find(p.name())
+			return ok && slices.Contains(b.series, series)
 		})
 		if owner != nil {
-			return fmt.Sprintf("metric %q: the labels %s were already seen in the group %s", p.name(), labelString(m.Label), owner.key)
+			return fmt.Sprintf("metric %q: the labels %s were already seen in the group %s", p.name(), plainString(labels), owner.key)
 		}
 	}
 	return ""
 }
 
-// suffixes are what a type's series have behind the family's name.
-var suffixes = map[dto.MetricType][]string{
-	dto.MetricType_SUMMARY:         {"_count", "_sum"},
-	dto.MetricType_HISTOGRAM:       {"_count", "_sum", "_bucket"},
-	dto.MetricType_GAUGE_HISTOGRAM: {"_count", "_sum", "_bucket"},
+// plainString returns labels as they are written in a message.
+func plainString(labels []plainLabel) string {
+	k := make(Key, len(labels))
+	for i, l := range labels {
+		k[i] = Label{string(l.name), string(l.value)}
+	}
+	return k.String()
+}
+
+var histogramSuffixes = [...]string{"_count", "_sum", "_bucket"}
+
+// suffixesOf returns what a type's series have behind the family's name.
+func suffixesOf(kind dto.MetricType) []string {
+	switch kind {
+	case dto.MetricType_SUMMARY:
+		return histogramSuffixes[:2]
+	case dto.MetricType_HISTOGRAM, dto.MetricType_GAUGE_HISTOGRAM:
+		return histogramSuffixes[:]
+	}
+	return nil
 }
 
 // suffixCollision looks for a family whose series would have the names that name's
 // summary or histogram has, or the other way round.
 func suffixCollision(name string, kind dto.MetricType, exists func(escaped, but string) (string, dto.MetricType, bool)) (other string, is dto.MetricType) {
-	for _, suffix := range suffixes[kind] {
+	for _, suffix := range suffixesOf(kind) {
 		if other, is, ok := exists(name+suffix, ""); ok {
 			return other, is
 		}
 	}
-	for _, suffix := range []string{"_count", "_sum", "_bucket"} {
+	for _, suffix := range histogramSuffixes {
 		base, ok := strings.CutSuffix(name, suffix)
 		if !ok {
 			continue
 		}
-		if other, is, ok := exists(base, ""); ok && slices.Contains(suffixes[is], suffix) {
+		if other, is, ok := exists(base, ""); ok && slices.Contains(suffixesOf(is), suffix) {
 			return other, is
 		}
 	}

@@ -106,6 +106,7 @@ func readOpenMetrics(body []byte) (*openMetricsReader, error) {
 
 // openMetricsType is what a type of OpenMetrics means.
 type openMetricsType struct {
+	kind   model.MetricType
 	stored dto.MetricType
 	// suffix makes the name of the stored family.
 	suffix string
@@ -116,25 +117,35 @@ type openMetricsType struct {
 	label, labelled string
 }
 
-var openMetricsTypes = map[model.MetricType]openMetricsType{
-	model.MetricTypeUnknown:  {stored: dto.MetricType_UNTYPED, samples: []string{""}},
-	model.MetricTypeGauge:    {stored: dto.MetricType_GAUGE, samples: []string{""}},
-	model.MetricTypeStateset: {stored: dto.MetricType_GAUGE, samples: []string{""}},
-	model.MetricTypeInfo:     {stored: dto.MetricType_GAUGE, suffix: "_info", samples: []string{"_info"}},
-	model.MetricTypeCounter:  {stored: dto.MetricType_COUNTER, suffix: "_total", samples: []string{"_total", "_created"}},
-	model.MetricTypeSummary: {
-		stored: dto.MetricType_SUMMARY, samples: []string{"", "_sum", "_count", "_created"}, label: model.QuantileLabel,
+var openMetricsTypes = [...]openMetricsType{
+	{kind: model.MetricTypeUnknown, stored: dto.MetricType_UNTYPED, samples: []string{""}},
+	{kind: model.MetricTypeGauge, stored: dto.MetricType_GAUGE, samples: []string{""}},
+	{kind: model.MetricTypeStateset, stored: dto.MetricType_GAUGE, samples: []string{""}},
+	{kind: model.MetricTypeInfo, stored: dto.MetricType_GAUGE, suffix: "_info", samples: []string{"_info"}},
+	{kind: model.MetricTypeCounter, stored: dto.MetricType_COUNTER, suffix: "_total", samples: []string{"_total", "_created"}},
+	{
+		kind: model.MetricTypeSummary, stored: dto.MetricType_SUMMARY, samples: []string{"", "_sum", "_count", "_created"}, label: model.QuantileLabel,
 	},
-	model.MetricTypeHistogram: {
-		stored: dto.MetricType_HISTOGRAM, samples: []string{"_bucket", "_sum", "_count", "_created"},
+	{
+		kind: model.MetricTypeHistogram, stored: dto.MetricType_HISTOGRAM, samples: []string{"_bucket", "_sum", "_count", "_created"},
 		label: model.BucketLabel, labelled: "_bucket",
 	},
 	// expfmt's encoder writes _sum and _count, where the specification has _gsum and
 	// _gcount.
-	model.MetricTypeGaugeHistogram: {
-		stored: dto.MetricType_GAUGE_HISTOGRAM, samples: []string{"_bucket", "_gsum", "_gcount", "_sum", "_count"},
+	{
+		kind: model.MetricTypeGaugeHistogram, stored: dto.MetricType_GAUGE_HISTOGRAM, samples: []string{"_bucket", "_gsum", "_gcount", "_sum", "_count"},
 		label: model.BucketLabel, labelled: "_bucket",
 	},
+}
+
+// openMetricsTypeOf returns the type of that name, nil where there is none.
+func openMetricsTypeOf(kind model.MetricType) *openMetricsType {
+	for i := range openMetricsTypes {
+		if t := &openMetricsTypes[i]; t.kind == kind {
+			return t
+		}
+	}
+	return nil
 }
 
 // openMetricsReader puts families together, line by line.
@@ -183,7 +194,7 @@ func (r *openMetricsReader) readType(name string, kind model.MetricType) error {
 	if r.family.Type != nil {
 		return fmt.Errorf("metric %q: it has a TYPE already", name)
 	}
-	t := openMetricsTypes[kind]
+	t := openMetricsTypeOf(kind)
 	r.kind = kind
 	r.family.Type = t.stored.Enum()
 	r.family.Name = proto.String(name + t.suffix)
@@ -269,13 +280,13 @@ func (r *openMetricsReader) endFamily() error {
 func (r *openMetricsReader) readSample(l *openMetricsLine) error {
 	name := l.name
 	suffix, ofFamily := strings.CutPrefix(name, r.name)
-	if r.family == nil || !ofFamily || !slices.Contains(openMetricsTypes[r.kind].samples, suffix) {
+	if r.family == nil || !ofFamily || !slices.Contains(openMetricsTypeOf(r.kind).samples, suffix) {
 		if r.family != nil && ofFamily && r.family.Type != nil {
 			// It may be a family of its own, but more likely is a mistake.
 			for _, t := range openMetricsTypes {
 				if slices.Contains(t.samples, suffix) {
 					return fmt.Errorf("metric %q: the samples of the %s %q are named %s; a family of its own would need a TYPE",
-						name, r.kind, r.name, r.name+strings.Join(openMetricsTypes[r.kind].samples, ", "+r.name))
+						name, r.kind, r.name, r.name+strings.Join(openMetricsTypeOf(r.kind).samples, ", "+r.name))
 				}
 			}
 		}
@@ -292,7 +303,7 @@ func (r *openMetricsReader) readSample(l *openMetricsLine) error {
 
 // addSample adds a sample to its series, and a series where it is the first.
 func (r *openMetricsReader) addSample(l *openMetricsLine, suffix string) error {
-	t := openMetricsTypes[r.kind]
+	t := openMetricsTypeOf(r.kind)
 	var position *string // the value of t.label
 	state := false
 	pairs := make([]*dto.LabelPair, 0, len(l.labels))

@@ -158,7 +158,7 @@ func parseOpenMetricsMetadata(line string) (*openMetricsLine, error) {
 	}
 	switch keyword {
 	case "TYPE":
-		if _, known := openMetricsTypes[model.MetricType(text)]; !known {
+		if openMetricsTypeOf(model.MetricType(text)) == nil {
 			return nil, fmt.Errorf("invalid metric type %q", text)
 		}
 	case "HELP":

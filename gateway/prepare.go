@@ -87,9 +87,8 @@ func (p prepared) appendProto(out []byte) []byte {
 	kind, text := p.meta.Value().kind, p.text
 	var buf [16]plainLabel
 	for _, value := range p.values {
-		end := bytes.IndexByte(text, '\n')
-		out = appendPlain(out, kind, appendLabels(buf[:0], text[bytes.IndexByte(text, '{')+1:end]), value)
-		text = text[end+1:]
+		labels, rest := cutLine(buf[:0], text)
+		out, text = appendPlain(out, kind, labels, value), rest
 	}
 	return out
 }
@@ -144,6 +143,21 @@ func valueTag(kind dto.MetricType) byte {
 		return metricCounter
 	}
 	return metricUntyped
+}
+
+// cutLine appends the labels of a text's first line, and returns the lines behind it.
+func cutLine(labels []plainLabel, text []byte) ([]plainLabel, []byte) {
+	end := bytes.IndexByte(text, '\n')
+	return appendLabels(labels, text[bytes.IndexByte(text, '{')+1:end]), text[end+1:]
+}
+
+// plainLabels returns labels as bytes.
+func plainLabels(labels []*dto.LabelPair) []plainLabel {
+	plain := make([]plainLabel, len(labels))
+	for i, l := range labels {
+		plain[i] = plainLabel{[]byte(l.GetName()), []byte(l.GetValue())}
+	}
+	return plain
 }
 
 // pairSize returns the size of a label as a LabelPair.

@@ -163,7 +163,7 @@ func (p prepared) sameSeries(o prepared) bool {
 // count. It returns nil for other families.
 func (p prepared) countLines() []bool {
 	m := p.meta.Value()
-	if len(suffixes[m.kind]) == 0 {
+	if suffixesOf(m.kind) == nil {
 		return nil
 	}
 	counts, n := make([]bool, len(p.values)), 0
