@@ -163,13 +163,18 @@ func (sh *shape) appendID(id []byte, labels []plainLabel) ([]byte, bool) {
 	return id, true
 }
 
-// shapesBut returns all shapes but that of a canonical key: a series has its own group's key,
-// so of that shape there is but the group itself.
+// shapesBut returns the shapes of which another group may have a series of the group with that
+// canonical key. A series has its group's key: so of the key's own shape there is but the
+// group itself, and of one whose names the key has all, the group that has their values.
 func (x *index) shapesBut(canonical Key) []*shape {
 	var others []*shape
-	own := shapeID(canonical)
-	for id, sh := range x.shapes {
-		if id != own {
+	labels := make([]plainLabel, len(canonical))
+	for i, l := range canonical {
+		labels[i] = plainLabel{[]byte(l.Name), []byte(l.Value)}
+	}
+	own, buf := shapeID(canonical), make([]byte, 0, 128)
+	for name, sh := range x.shapes {
+		if id, within := sh.appendID(buf, labels); name != own && (!within || x.groups[string(id)] != nil) {
 			others = append(others, sh)
 		}
 	}

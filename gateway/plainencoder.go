@@ -27,7 +27,7 @@ type plainEncoder struct {
 	now    int64
 
 	families []plainFamily
-	text     []byte // of all series, without their values
+	text     []byte // of all series, without their values; memory that is used again
 	series   []plainSeries
 	labels   []plainLabel // of all series
 	hash     xxhash.Digest
@@ -79,7 +79,7 @@ const maxMetas = 4096
 func (f format) encodePlain(key Key, body []byte, now int64) (pushedFamilies, bool) {
 	e := plainEncoders.Get().(*plainEncoder)
 	defer plainEncoders.Put(e)
-	e.reset(key, now, len(body))
+	e.reset(key, now)
 	plain := e.plainKey()
 	switch f {
 	case formatText:
@@ -100,7 +100,7 @@ func (f format) encodePlain(key Key, body []byte, now int64) (pushedFamilies, bo
 func encodeGauges(key Key, gauges []generated) ([]prepared, bool) {
 	e := plainEncoders.Get().(*plainEncoder)
 	defer plainEncoders.Put(e)
-	e.reset(key, 0, 256)
+	e.reset(key, 0)
 	if !e.plainKey() {
 		return nil, false
 	}
@@ -115,7 +115,7 @@ func encodeGauges(key Key, gauges []generated) ([]prepared, bool) {
 	return out.families, ok
 }
 
-func (e *plainEncoder) reset(key Key, now int64, size int) {
+func (e *plainEncoder) reset(key Key, now int64) {
 	e.now, e.forced = now, e.forced[:0]
 	for _, l := range key {
 		e.forced = append(e.forced, forcedLabel{plainLabel{[]byte(l.Name), []byte(l.Value)}, false})
@@ -124,8 +124,10 @@ func (e *plainEncoder) reset(key Key, now int64, size int) {
 		e.forced = append(e.forced, forcedLabel{plainLabel{[]byte(model.InstanceLabel), nil}, true})
 	}
 	e.families, e.series, e.labels = e.families[:0], e.series[:0], e.labels[:0]
-	// The text outlives the encoder: the writer copies it into an image.
-	e.text = make([]byte, 0, 2*size)
+	if cap(e.text) > smallBody {
+		e.text = nil
+	}
+	e.text = e.text[:0]
 	if len(e.metas) > maxMetas {
 		clear(e.metas)
 	}
@@ -223,6 +225,7 @@ func (e *plainEncoder) result(generated bool) (out pushedFamilies, ok bool) {
 	if !inOrder && e.interleaved() {
 		return out, false // the slow way puts them together
 	}
+	text := bytes.Clone(e.text) // it outlives the encoder: the writer copies it into an image
 	hashes, values := make([]uint64, len(e.series)), make([]float64, len(e.series))
 	out.families = make([]prepared, 0, len(e.families))
 	orders := make([]uint16, len(e.series)) // of the families one after the other, as they stand in the body
@@ -244,9 +247,9 @@ func (e *plainEncoder) result(generated bool) (out pushedFamilies, ok bool) {
 		for n := from; n < to; n++ {
 			order[n-from] = uint16(n)
 		}
-		text, _ := e.start(from)
+		start, _ := e.start(from)
 		last := e.series[to-1]
-		p.text = e.text[text:last.text:last.text]
+		p.text = text[start:last.text:last.text]
 		if to-from > 1 && !e.sorted(from, to) && !e.sort(&p, order, from, to) {
 			return pushedFamilies{}, false
 		}

@@ -98,16 +98,15 @@ func appendLabels(labels []plainLabel, text []byte) []plainLabel {
 	for text[0] != '}' {
 		equals := bytes.IndexByte(text, '=')
 		name, rest := text[:equals], text[equals+2:] // behind the quote
-		end, escaped := 0, false
-		for ; rest[end] != '"'; end++ {
-			if rest[end] == '\\' {
-				escaped = true
-				end++
-			}
-		}
+		end := bytes.IndexByte(rest, '"')
 		value := rest[:end:end]
-		if escaped {
-			value = []byte(unescape(string(value)))
+		if bytes.IndexByte(value, '\\') >= 0 {
+			for end = 0; rest[end] != '"'; end++ {
+				if rest[end] == '\\' {
+					end++
+				}
+			}
+			value = []byte(unescape(string(rest[:end])))
 		}
 		labels = append(labels, plainLabel{name, value})
 		if text = rest[end+1:]; text[0] == ',' {

@@ -29,6 +29,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 )
@@ -188,16 +189,15 @@ func oneLine(s string) string {
 }
 
 // scrapeCodes are the codes that a scrape's refusal can have.
-var scrapeCodes = map[Code]bool{
-	CodeUnknownAgent: true, CodeAgentOffline: true, CodeNotAllowed: true, CodeTargetUnreachable: true, CodeTimeout: true,
-	CodeAgentBusy: true, CodeMisdirected: true, CodeBadResponse: true, CodeSessionLost: true, CodeBadRequest: true, CodeMismatch: true,
-	CodeMethod: true, CodeUnauthorized: true, CodeForbidden: true, CodePeerUnreachable: true,
+var scrapeCodes = []Code{
+	CodeUnknownAgent, CodeAgentOffline, CodeNotAllowed, CodeTargetUnreachable, CodeTimeout, CodeAgentBusy, CodeMisdirected, CodeBadResponse,
+	CodeSessionLost, CodeBadRequest, CodeMismatch, CodeMethod, CodeUnauthorized, CodeForbidden, CodePeerUnreachable,
 }
 
 // Outcome returns the code as the value of a metric's label: "other" for one that
 // is not known here, so that the other side can't make series.
 func (c Code) Outcome() string {
-	if scrapeCodes[c] {
+	if slices.Contains(scrapeCodes, c) {
 		return string(c)
 	}
 	return "other"

@@ -332,7 +332,8 @@ func BenchmarkPushStores(b *testing.B) {
 		b.ReportMetric(rate/quiet, "x-not-scraped")
 	})
 	for _, s := range both {
-		s.wipe(b)
+		s.change(b, "/api/v1/admin/wipe", "")
+		s.change(b, "/metrics/job/alone", "alone 1\n") // most stores have keys of several sets of names
 	}
 	for _, c := range []struct {
 		name    string
@@ -372,9 +373,9 @@ func comparePushes(b *testing.B, both []*pushStoreUnderTest, what *payload, n, g
 	return rate[both[0]]
 }
 
-// wipe deletes all groups.
-func (s *pushStoreUnderTest) wipe(b *testing.B) {
-	req, err := http.NewRequest(http.MethodPut, s.url+"/api/v1/admin/wipe", nil)
+// change makes a PUT request.
+func (s *pushStoreUnderTest) change(b *testing.B, path, body string) {
+	req, err := http.NewRequest(http.MethodPut, s.url+path, strings.NewReader(body))
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -383,7 +384,7 @@ func (s *pushStoreUnderTest) wipe(b *testing.B) {
 		b.Fatal(err)
 	}
 	resp.Body.Close()
-	if resp.StatusCode != http.StatusAccepted {
+	if resp.StatusCode/100 != 2 {
 		b.Fatal(resp.Status)
 	}
 }
