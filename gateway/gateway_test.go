@@ -230,6 +230,49 @@ func TestDuplicatesAcrossGroups(t *testing.T) {
 	s.want(200, "PUT", "/j/instance/", "n 1\n")
 }
 
+// A series is found in the group that has it, in whichever form it comes, and whatever its
+// labels are: the group's key is a part of them.
+func TestDuplicatesByLabels(t *testing.T) {
+	const quoted = `/j/a@base64/ImJcCg` // a quote, b, a backslash and a line feed
+	asText := func(labels string) []string { return []string{"m{" + labels + "} 1\n"} }
+	asProtobuf := func(labels string) []string {
+		return []string{delimited(t, `name:"m" type:GAUGE metric{`+labels+` gauge{value:1}}`), "Content-Type", protobufType}
+	}
+	for name, c := range map[string]struct {
+		owner, owned, path string
+		push               []string
+		clash              bool
+	}{
+		"text":                      {"/j/a/b", "m 1\n", "/j", asText(`a="b"`), true},
+		"text, another value":       {"/j/a/b", "m 1\n", "/j", asText(`a="c"`), false},
+		"text, a quoted value":      {quoted, "m 1\n", "/j", asText(`a="\"b\\\n"`), true},
+		"text, among others":        {"/j/a/b", "m 1\n", "/j", []string{"m{a=\"a\"} 1\nm{c=\"c\",a=\"b\"} 1\nm{a=\"b\"} 1\n"}, true},
+		"protobuf":                  {"/j/a/b", "# TYPE m gauge\nm 1\n", "/j", asProtobuf(`label{name:"a" value:"b"}`), true},
+		"protobuf, another value":   {"/j/a/b", "# TYPE m gauge\nm 1\n", "/j", asProtobuf(`label{name:"a" value:"c"}`), false},
+		"protobuf, a quoted value":  {quoted, "# TYPE m gauge\nm 1\n", "/j", asProtobuf(`label{name:"a" value:"\"b\\\n"}`), true},
+		"a shorter key has it":      {"/j", "m{a=\"b\"} 1\n", "/j/a/b", []string{"m 1\n"}, true},
+		"a shorter key of another":  {"/k", "m{a=\"b\"} 1\n", "/j/a/b", []string{"m 1\n"}, false},
+		"a shorter key has another": {"/j", "m{a=\"c\"} 1\n", "/j/a/b", []string{"m 1\n"}, false},
+		"the instance is empty":     {"/j/instance/i", "m 1\n", "/j", asText(`a="b"`), false},
+		"a histogram": {"/j/a/b", "# TYPE h histogram\nh_bucket{le=\"+Inf\"} 1\nh_count 1\nh_sum 1\n", "/j",
+			[]string{"# TYPE h histogram\nh_bucket{a=\"b\",le=\"+Inf\"} 1\nh_count{a=\"b\"} 1\nh_sum{a=\"b\"} 1\n"}, true},
+		"names that are escaped": {"/j/a_b/c", "m 1\n", "/j", []string{"m{\"a.b\"=\"c\"} 1\n"}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := start(t, gateway.StoreConfig{}, gateway.Memory())
+			s.want(200, "PUT", c.owner, c.owned)
+			s.want(200, "PUT", "/elsewhere/zone/z", "other 1\n")
+			if !c.clash {
+				s.want(200, "PUT", c.path, c.push[0], c.push[1:]...)
+				return
+			}
+			if got := s.want(400, "PUT", c.path, c.push[0], c.push[1:]...); !strings.Contains(got, "were already seen in the group") {
+				t.Errorf("got %s", got)
+			}
+		})
+	}
+}
+
 // TestTypeMayChange: the only owner of a family may change its type.
 func TestTypeMayChange(t *testing.T) {
 	s := start(t, gateway.StoreConfig{}, gateway.Memory())
