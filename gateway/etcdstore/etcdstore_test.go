@@ -538,6 +538,23 @@ func TestUnknownOutcome(t *testing.T) {
 	t.Logf("%d pushes were refused and sent again, %d of these had been made", refused.Load(), repeated.Load())
 }
 
+// A push that was refused is refused again by whichever proxy it is sent to: it is not
+// noted.
+func TestRefusedAgain(t *testing.T) {
+	t.Parallel()
+	proxies, _, _ := several(t, 2, gateway.StoreConfig{})
+	const spool = "spool-of-refusals/"
+	for _, p := range proxies {
+		w := p.send("PUT", "/a", "m 1 1\n", gateway.HeaderPushID, spool+"1")
+		if w.Code != 400 || !strings.Contains(w.Body.String(), "timestamps") || w.Header().Get(gateway.HeaderPushRepeated) != "" || w.Header().Get(gateway.HeaderPushSeq) != "0" {
+			t.Errorf("a refused push: %d %s %v", w.Code, w.Body, w.Header())
+		}
+	}
+	if w := proxies[0].send("PUT", "/a", "m 1\n", gateway.HeaderPushID, spool+"2"); w.Code != 200 || w.Header().Get(gateway.HeaderPushSeq) != "2" {
+		t.Errorf("the next push: %d %s %v", w.Code, w.Body, w.Header())
+	}
+}
+
 // A proxy that can't find out in time whether a push was stored refuses it; sent again it
 // is known, and not made twice.
 func TestGivenUp(t *testing.T) {
