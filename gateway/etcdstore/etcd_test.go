@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -54,6 +55,14 @@ func sharedEtcd(t testing.TB) *externaltest.Etcd {
 		t.Fatal(shared.err)
 	}
 	return shared.members[0]
+}
+
+var prefixes atomic.Int64
+
+// newPrefix returns a prefix in the shared member that no other test has, nor the same one
+// when it runs again.
+func newPrefix(t testing.TB) string {
+	return fmt.Sprintf("culvert/%s/%d/", t.Name(), prefixes.Add(1))
 }
 
 func clientConfig(addresses ...string) clientv3.Config {

@@ -88,7 +88,7 @@ func (p *proxy) loaded() *proxy {
 func several(t testing.TB, n int, config gateway.StoreConfig) (proxies []*proxy, client *clientv3.Client, prefix string) {
 	t.Helper()
 	m := sharedEtcd(t)
-	prefix = "culvert/" + t.Name() + "/"
+	prefix = newPrefix(t)
 	for range n {
 		client = newClient(t, m.Address)
 		proxies = append(proxies, start(t, client, prefix, config))
@@ -342,7 +342,7 @@ func TestManyWriters(t *testing.T) {
 func TestCompaction(t *testing.T) {
 	t.Parallel()
 	m := sharedEtcd(t)
-	prefix := "culvert/" + t.Name()
+	prefix := newPrefix(t)
 	r := newRelay(t, m.Address)
 	client := newClient(t, m.Address)
 	a := start(t, client, prefix, gateway.StoreConfig{})
@@ -367,7 +367,7 @@ func TestCompaction(t *testing.T) {
 	if err := b.store.Err(); err == nil {
 		t.Error("a proxy that is cut off says that it takes pushes")
 	}
-	resp, err := client.Get(t.Context(), prefix+"/head")
+	resp, err := client.Get(t.Context(), prefix+"head")
 	if err == nil {
 		_, err = client.Compact(t.Context(), resp.Header.Revision)
 	}
@@ -469,7 +469,7 @@ func TestEtcdFull(t *testing.T) {
 func TestUnknownOutcome(t *testing.T) {
 	t.Parallel()
 	m := sharedEtcd(t)
-	prefix := "culvert/" + t.Name()
+	prefix := newPrefix(t)
 	client := newClient(t, m.Address)
 	var proxies []*proxy
 	var relays []*relay
@@ -560,7 +560,7 @@ func TestRefusedAgain(t *testing.T) {
 func TestGivenUp(t *testing.T) {
 	t.Parallel()
 	m := sharedEtcd(t)
-	prefix := "culvert/" + t.Name()
+	prefix := newPrefix(t)
 	r := newRelay(t, m.Address)
 	client := newClient(t, m.Address)
 	a := openWith(t, newClient(t, r.address), prefix, gateway.StoreConfig{}, 300*time.Millisecond).loaded()
@@ -593,7 +593,7 @@ func TestGivenUp(t *testing.T) {
 func TestAnswerLost(t *testing.T) {
 	t.Parallel()
 	m := sharedEtcd(t)
-	prefix := "culvert/" + t.Name()
+	prefix := newPrefix(t)
 	r := newRelay(t, m.Address)
 	client := newClient(t, m.Address)
 	a := start(t, newClient(t, r.address), prefix, gateway.StoreConfig{})
@@ -661,7 +661,7 @@ func TestExpiry(t *testing.T) {
 func TestClocks(t *testing.T) {
 	t.Parallel()
 	m := sharedEtcd(t)
-	prefix := "culvert/" + t.Name()
+	prefix := newPrefix(t)
 	client := newClient(t, m.Address)
 	ahead := gateway.StoreConfig{Now: func() time.Time { return time.Now().Add(time.Hour) }}
 	right := start(t, client, prefix, gateway.StoreConfig{})
