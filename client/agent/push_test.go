@@ -65,10 +65,10 @@ func newScripted(t *testing.T, answer http.HandlerFunc) *scripted {
 				if err != nil {
 					panic(http.ErrAbortHandler)
 				}
-				p.relays <- relayed{r.Method, r.RequestURI, string(body), r.Header}
 				p.mu.Lock()
-				answer := p.answer
+				answer := p.answer // what the test says once it has the relay is for the next one
 				p.mu.Unlock()
+				p.relays <- relayed{r.Method, r.RequestURI, string(body), r.Header}
 				answer(w, r)
 			}))
 		})

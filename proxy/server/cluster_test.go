@@ -621,6 +621,7 @@ func TestClusterPins(t *testing.T) {
 		t.Fatalf("DELETE: %d %s", got.code, got.body)
 	}
 	eventually(t, "the name is free on every proxy", func() bool { return enter(late, two) == nil })
+	a.logs.wait(t, "Agent forgotten")
 	wantRefusal(t, enter(a, one), http.StatusForbidden, protocol.CodeForbidden, "another key")
 }
 
