@@ -134,7 +134,7 @@ func TestClusterDiscovery(t *testing.T) {
 		p.holds("one", true)
 		p.holds("two", true)
 		p.holds("both", true)
-		eventually(t, "both proxies hold it", func() bool { return strings.Count(p.get("/api/v1/agents/both").body, `"id":`) == 2 })
+		p.knowsWays(2, "both")
 	}
 	alike(t, discoveryPaths, a, b)
 	b.get("http://node.one/metrics").ok(t, "target_up 1")
